@@ -1,0 +1,207 @@
+"""The `scail` command: every subcommand is a few lines over the layers below.
+
+Exit codes: 0 all rows rendered or skipped, 1 some rows failed, 2 refused before anything ran.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from tasks.checkpoint import inspect_checkpoint, write_demo_checkpoint
+from tasks.errors import RefusedError
+from tasks.plan import Plan, Rows, plan_clips, read_rows
+from tasks.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ManifestArgument = Annotated[str, typer.Argument(help="URI of a CSV or JSONL manifest.")]
+OutputOption = Annotated[str, typer.Option(help="URI of the folder for clips and results.")]
+CheckpointOption = Annotated[str | None, typer.Option(help="Checkpoint folder. [default: SCAIL_CHECKPOINT]")]
+ProfileOption = Annotated[str | None, typer.Option(help="Sampling profile of rows that name none.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Take only the first rows.")]
+SkipInvalidOption = Annotated[bool, typer.Option("--skip-invalid", help="Render the good rows, report the others.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our own log.")]
+
+
+class ExitCode(IntEnum):
+    OK = 0
+    SOME_FAILED = 1
+    REFUSED = 2
+
+
+@app.command()
+def render(
+    manifest: ManifestArgument,
+    output: OutputOption,
+    checkpoint: CheckpointOption = None,
+    profile: ProfileOption = None,
+    limit: LimitOption = None,
+    skip_invalid: SkipInvalidOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and render nothing.")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Render every clip of a manifest that is not rendered yet."""
+    if dry_run:
+        check(manifest, output=output, checkpoint=checkpoint, profile=profile, limit=limit, skip_invalid=skip_invalid)
+        return
+    try:
+        read_rows(manifest, skip_invalid=skip_invalid, limit=limit)  # the flow asks again; here a refusal is instant
+        model = inspect_checkpoint(checkpoint or Settings().checkpoint)
+    except RefusedError as error:
+        _refuse(error)
+    if model.notice:
+        err.print(f"[yellow]{model.name}: {model.notice}[/yellow]")
+    _prepare_prefect(verbose=verbose)
+    from flows.progress import progress_bars
+    from flows.render_manifest import render_manifest
+    from tasks.results import Summary
+
+    with progress_bars(err):
+        state = render_manifest(manifest, output, model.path, profile, limit, skip_invalid, return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, RefusedError):
+        _refuse(result)
+    if not isinstance(result, Summary):
+        raise result if isinstance(result, BaseException) else RuntimeError(state.message)
+    out.print(state.message, markup=False)
+    raise typer.Exit(ExitCode.OK if state.is_completed() else ExitCode.SOME_FAILED)
+
+
+@app.command()
+def check(
+    manifest: ManifestArgument,
+    output: Annotated[str | None, typer.Option(help="Folder in which to look for clips that are done.")] = None,
+    checkpoint: CheckpointOption = None,
+    profile: ProfileOption = None,
+    limit: LimitOption = None,
+    skip_invalid: SkipInvalidOption = False,
+) -> None:
+    """Say what a manifest would render. Nothing is written, no GPU is needed.
+
+    With `--output`, inputs are hashed and done clips are looked up; without, only the rows are checked.
+    """
+    try:
+        rows = read_rows(manifest, skip_invalid=skip_invalid, limit=limit)
+        plan = _plan(rows, output, checkpoint, profile) if output else None
+    except RefusedError as error:
+        _refuse(error)
+    for result in rows.invalid:
+        out.print(f"invalid  {result.message}", markup=False)
+    if plan is None:
+        out.print(f"{len(rows.requests)} rows can be rendered, {len(rows.invalid)} are invalid", markup=False)
+        raise typer.Exit(ExitCode.SOME_FAILED if rows.invalid else ExitCode.OK)
+    for result in plan.settled:
+        out.print(f"{result.status:<8} {result.clip_id}  {result.message or result.video or ''}", markup=False)
+    for job in plan.jobs:
+        num_twins = len(plan.twins.get(job.key, ()))
+        shared = f"  (and {num_twins} more rows with the same content)" if num_twins else ""
+        out.print(f"render   {job.clip_id}  {job.params.num_inference_steps} steps{shared}", markup=False)
+    out.print(_plan_line(plan, rows), markup=False)
+    failed = rows.invalid or any(result.status == "failed" for result in plan.settled)
+    raise typer.Exit(ExitCode.SOME_FAILED if failed else ExitCode.OK)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Official SCAIL-Preview folder, `wan` layout, Wan2GP or ComfyUI.")],
+    dest: Annotated[Path, typer.Argument(help="Checkpoint folder to write; it must not exist or be empty.")],
+) -> None:
+    """Turn original weight files into a checkpoint folder, once."""
+    from flows.prepare_checkpoint import prepare_checkpoint
+
+    try:
+        prepare_checkpoint(source, dest, say=lambda line: err.print(line, markup=False))
+    except RefusedError as error:
+        _refuse(error)
+    out.print(f"{source} → {dest}", markup=False)
+
+
+@app.command()
+def doctor(checkpoint: CheckpointOption = None) -> None:
+    """Look at the checkpoint, ffmpeg, decord, the GPU and Prefect's API; one line each."""
+    from tasks.doctor import examine
+
+    findings = examine(checkpoint or Settings().checkpoint)
+    for finding in findings:
+        out.print(f"{'ok ' if finding.ok else 'BAD'}  {finding.what:<14} {finding.message}", markup=False)
+    raise typer.Exit(ExitCode.OK if all(finding.ok for finding in findings) else ExitCode.SOME_FAILED)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="`14b` or `tiny`; its weights are random.")] = "14b",
+    frames: Annotated[int, typer.Option(min=1, max=81)] = 81,
+    height: Annotated[int, typer.Option(min=32)] = 512,
+    width: Annotated[int, typer.Option(min=32)] = 896,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps; the time of one does not depend on it.")] = 2,
+    json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
+) -> None:
+    """Measure one clip of random weights on this machine: each stage, one forward pass, the memory."""
+    from tasks.measure import measure
+
+    lines, document = measure(model, num_frames=frames, height=height, width=width, num_steps=steps)
+    out.print(lines, markup=False)
+    if json:
+        json.write_text(document, encoding="utf-8")
+
+
+@app.command()
+def demo(
+    manifest: ManifestArgument = "manifests/demo.csv",
+    output: OutputOption = "out/demo",
+    verbose: VerboseOption = False,
+) -> None:
+    """Render the demo manifest on this machine with a tiny checkpoint of random weights, written here."""
+    checkpoint = Path(output) / "checkpoint"
+    write_demo_checkpoint(checkpoint)
+    render(manifest, output=output, checkpoint=str(checkpoint), verbose=verbose)
+
+
+def main() -> None:
+    """Entry point of the `scail` command."""
+    logging.captureWarnings(capture=True)
+    app()
+
+
+def _plan(rows: Rows, output: str, checkpoint: str | None, profile: str | None) -> Plan:
+    settings = Settings()
+    return plan_clips(
+        rows.requests,
+        output_uri=output,
+        checkpoint_fingerprint=inspect_checkpoint(checkpoint or settings.checkpoint).fingerprint,
+        default_profile=profile or settings.profile,
+        policy=settings.storage_policy(),
+        threads=settings.planning_threads,
+    )
+
+
+def _plan_line(plan: Plan, rows: Rows) -> str:
+    by_status = [result.status for result in plan.settled]
+    counts = {status: by_status.count(status) for status in dict.fromkeys(by_status)}
+    parts = [f"{len(plan.jobs)} to render", f"{sum(map(len, plan.twins.values()))} repeated"]
+    parts += [f"{count} {status}" for status, count in counts.items()]
+    return ", ".join([*parts, f"{len(rows.invalid)} invalid"])
+
+
+def _prepare_prefect(*, verbose: bool) -> None:
+    """Settings that Prefect reads when it is imported; what the user has set stays."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "scail,tasks,flows")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def _refuse(error: RefusedError) -> NoReturn:
+    err.print("[red]refused[/red] ", end="")
+    err.print(str(error), markup=False)
+    raise typer.Exit(ExitCode.REFUSED)

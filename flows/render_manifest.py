@@ -1,0 +1,153 @@
+"""The main job: manifest → plan (skip what is done) → one task per clip → results and report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+
+from prefect import flow
+from prefect.futures import PrefectFuture, as_completed
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from tasks import storage
+from tasks.checkpoint import CheckpointInfo, inspect_checkpoint
+from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
+from tasks.plan import Plan, plan_clips, read_rows, result_of
+from tasks.render import render_clip, software_versions
+from tasks.report import write_report
+from tasks.results import RunInfo, Summary, closing_line, mark_success, write_results
+from tasks.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+NUM_WORKERS = 1  # this process; its one GPU renders one clip at a time
+
+
+@flow(
+    name="render-manifest",
+    flow_run_name="{manifest}",
+    task_runner=ThreadPoolTaskRunner(max_workers=NUM_WORKERS),
+    validate_parameters=True,
+)
+def render_manifest(
+    manifest: str,
+    output: str,
+    checkpoint: str | None = None,
+    profile: str | None = None,
+    limit: int | None = None,
+    skip_invalid: bool = False,
+) -> State[Summary]:
+    """Render every clip of a manifest that is not rendered yet.
+
+    Args:
+        manifest: URI of a CSV or JSONL manifest; its columns are in manifests/README.md.
+        output: URI of the folder for clips, done records and runs.
+        checkpoint: Checkpoint folder; the setting SCAIL_CHECKPOINT if absent.
+        profile: Sampling profile of rows that name none; the setting SCAIL_PROFILE if absent.
+        limit: Take only the first rows.
+        skip_invalid: Render the good rows of a manifest that has malformed ones.
+
+    Returns:
+        A failed state when a row failed, otherwise a completed one; both hold the run's summary.
+
+    Raises:
+        RefusedError: Before anything is rendered, if the manifest or the checkpoint cannot be used.
+    """
+    settings = Settings()
+    started_at = datetime.now(UTC)
+    rows = read_rows(manifest, skip_invalid=skip_invalid, limit=limit)
+    model = inspect_checkpoint(checkpoint or settings.checkpoint)
+    plan = plan_clips(
+        rows.requests,
+        output_uri=output,
+        checkpoint_fingerprint=model.fingerprint,
+        default_profile=profile or settings.profile,
+        policy=settings.storage_policy(),
+        threads=settings.planning_threads,
+    )
+    logger.info("%d clips to render, %d rows settled before", len(plan.jobs), len(plan.settled))
+    rendered = render_all(plan, output_uri=output, checkpoint=model.path)
+    results = sorted([*rows.invalid, *plan.settled, *rendered], key=lambda result: result.row)
+    run = describe_run(manifest, output, model, results, started_at, settings)
+    summary = publish_run(results, rows.columns, run)
+    ok = not (summary.counts[ClipStatus.FAILED] or summary.counts[ClipStatus.INVALID])
+    return (Completed if ok else Failed)(message=closing_line(summary, report_uri(run)), data=summary)
+
+
+def render_all(plan: Plan, *, output_uri: str, checkpoint: str) -> Iterator[ClipResult]:
+    """The result of every row of the plan that has to be rendered, as they come.
+
+    No more clips are submitted than there are workers, and a future is dropped once it was read: a run of any length
+    holds a handful of them, and a cluster that loses a worker has no finished task to compute again.
+    """
+    waiting, live = iter(plan.jobs), dict[PrefectFuture[ClipResult], ClipJob]()
+    while True:
+        for job in islice(waiting, NUM_WORKERS - len(live)):
+            live[render_clip.submit(job, output_uri=output_uri, checkpoint=checkpoint)] = job
+        if not live:
+            return
+        future = next(as_completed(list(live)))
+        job = live.pop(future)
+        result = outcome(job, future)
+        yield result
+        yield from (twin_result(result, job, twin) for twin in plan.twins.get(job.key, ()))
+
+
+def outcome(job: ClipJob, future: PrefectFuture[ClipResult]) -> ClipResult:
+    """A clip's result, whatever became of its task: one failing row never stops the others."""
+    try:
+        return future.result()
+    except Exception as error:  # noqa: BLE001  # what it means for the row is decided by its class, here
+        logger.warning("%s (line %d) failed: %s", job.clip_id, job.request.row, error)
+        return result_of(job.request, ClipStatus.FAILED).failed_by(error)
+
+
+def twin_result(result: ClipResult, job: ClipJob, twin: ClipRequest) -> ClipResult:
+    """The result of a row that asked for the same pixels as `job`: the same files, or the same failure."""
+    status = ClipStatus.SKIPPED if result.status is ClipStatus.RENDERED else result.status
+    own = {"row": twin.row, "clip_id": twin.clip_id, "columns": twin.columns, "status": status}
+    note = {"message": f"same content as {job.clip_id}"} if status is ClipStatus.SKIPPED else {}
+    return result.model_copy(update=own | note)
+
+
+def describe_run(
+    manifest: str,
+    output: str,
+    model: CheckpointInfo,
+    results: Sequence[ClipResult],
+    started_at: datetime,
+    settings: Settings,
+) -> RunInfo:
+    """Which run it was, as the summary and the report state it."""
+    rendered = [result.metrics for result in results if result.metrics and result.status is ClipStatus.RENDERED]
+    return RunInfo(
+        run_id=f"{started_at:%Y%m%dT%H%M%SZ}-{flow_run.id.partition('-')[0]}",
+        manifest_uri=manifest,
+        output_uri=output,
+        started_at=started_at,
+        finished_at=datetime.now(UTC),
+        checkpoint_name=model.name,
+        checkpoint_fingerprint=model.fingerprint,
+        device=", ".join(sorted({metrics.device for metrics in rendered})) or "none",
+        versions=software_versions(),
+        price_per_gpu_hour=settings.price_per_gpu_hour,
+        notice=model.notice or None,
+    )
+
+
+def publish_run(results: Sequence[ClipResult], columns: Sequence[str], run: RunInfo) -> Summary:
+    """Results, failures, summary and report of a run; the mark that it is complete comes last."""
+    run_dir_uri = storage.join(run.output_uri, "runs", run.run_id)
+    summary = write_results(results, columns=columns, run_dir_uri=run_dir_uri, run=run)
+    write_report(results, summary=summary, run_dir_uri=run_dir_uri, output_uri=run.output_uri)
+    mark_success(run_dir_uri)
+    return summary
+
+
+def report_uri(run: RunInfo) -> str:
+    """The newest run's page."""
+    return storage.join(run.output_uri, "report.html")

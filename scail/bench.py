@@ -1,0 +1,176 @@
+"""Measures a render of random weights: every stage of a clip, one forward of the transformer, the memory.
+
+Speed does not depend on the numbers in the weights, so that the 14B can be measured where nobody can download it.
+Every figure is reported beside the ceiling of this very device, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scail.checkpoint import on_meta
+from scail.config import ModelConfig, SamplingParams, TransformerConfig
+from scail.models.image_encoder import ImageEncoder
+from scail.models.text_encoder import TextEncoder
+from scail.models.transformer import ScailTransformer
+from scail.models.vae import VideoVae
+from scail.pipeline import ScailPipeline
+from scail.types import LatentShape
+
+
+def bench_clip(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_frames: int,
+    height: int,
+    width: int,
+    num_steps: int,
+) -> dict[str, Any]:
+    """Render one clip twice, and measure the second.
+
+    Returns:
+        Seconds by stage, seconds and FLOP of one forward, its rate against the device's best matrix product, the
+        peak memory: plain numbers, ready for JSON.
+    """
+    pipeline = random_pipeline(config, device=device, dtype=dtype)
+    rng = np.random.default_rng(0)
+    reference = rng.integers(0, 256, (height, width, 3), np.uint8)
+    pose = rng.integers(0, 256, (num_frames, height, width, 3), np.uint8)
+    params = SamplingParams(num_inference_steps=num_steps)
+    for _ in range(2):  # the first one picks convolution algorithms and fills the allocator
+        output = pipeline(reference, pose, "a dancer in the rain", params=params, size=(height, width))
+    shape = LatentShape.of_clip(num_frames, height, width)
+    forward_seconds = output.seconds["denoise"] / (2 * num_steps)  # two guidance passes; one `prepare` is in it
+    ceiling = matmul_flop_per_second(config.transformer, device, dtype)
+    flop = forward_flop(config.transformer, shape)
+    return {
+        "model": config.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "clip": {"num_frames": num_frames, "height": height, "width": width, **asdict(params)},
+        "num_tokens": num_tokens(config.transformer, shape),
+        "seconds": output.seconds,
+        "forward_seconds": forward_seconds,
+        "forward_flop": flop,
+        "forward_flop_per_second": flop / forward_seconds,
+        "matmul_flop_per_second": ceiling,
+        "share_of_matmul_ceiling": flop / forward_seconds / ceiling,
+        "peak_memory_gib": output.peak_memory_gib,
+        "frames_finite": bool(torch.isfinite(output.latents).all()),
+    }
+
+
+def random_pipeline(config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> ScailPipeline:
+    """A pipeline of the given sizes whose weights are drawn on the device; deterministic for each kind of device."""
+    return ScailPipeline(
+        transformer=_randomised(lambda: ScailTransformer(config.transformer), device, dtype),
+        vae=_randomised(lambda: VideoVae.from_config(config.vae), device, dtype),
+        text_encoder=_randomised(lambda: TextEncoder.from_config(config.text_encoder), device, dtype),
+        image_encoder=_randomised(lambda: ImageEncoder.from_config(config.image_encoder), device, dtype),
+        tokenizer=FixedTokens(config.text_encoder.max_length, config.text_encoder.vocab_size),
+        device=device,
+        dtype=dtype,
+    )
+
+
+class FixedTokens:
+    """Stands in for the tokenizer, whose files come with the weights: one token for each character."""
+
+    def __init__(self, max_length: int, vocab_size: int) -> None:
+        self.max_length, self.vocab_size = max_length, vocab_size
+
+    def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
+        ids = [ord(character) % self.vocab_size for character in prompt][: self.max_length]
+        token_ids = torch.zeros(1, self.max_length, dtype=torch.int64)
+        token_ids[0, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return token_ids, (torch.arange(self.max_length) < len(ids)).long()[None]
+
+
+def num_tokens(config: TransformerConfig, shape: LatentShape) -> int:
+    """Reference, video and pose tokens of a clip."""
+    grid = (shape.height // config.patch_size) * (shape.width // config.patch_size)
+    return grid + shape.num_frames * grid + shape.num_frames * grid // 4
+
+
+def forward_flop(config: TransformerConfig, shape: LatentShape) -> float:
+    """Multiplications and additions of one forward; keys and values of the cross-attentions are not part of it."""
+    length, size = num_tokens(config, shape), config.hidden_size
+    num_context = 512 + 257
+    linears = 2 * length * size * (3 * size + size + 2 * size + 2 * config.ffn_size)
+    attentions = 4 * length * size * (length + num_context)
+    return float(config.num_layers * (linears + attentions))
+
+
+def matmul_flop_per_second(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of the MLP's first matrix product, the largest one of a block."""
+    rows = 32768 if device.type == "cuda" else 1024
+    x = torch.randn(rows, config.hidden_size, device=device, dtype=dtype)
+    weight = torch.randn(config.ffn_size, config.hidden_size, device=device, dtype=dtype)
+    seconds = median_seconds(lambda: F.linear(x, weight), device)
+    return 2 * rows * config.hidden_size * config.ffn_size / seconds
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
+    """Median time of a call, the device's queue empty before and after."""
+    times = []
+    for _ in range(repeats + 2):
+        _synchronise(device)
+        start = time.perf_counter()
+        call()
+        _synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as lines for a terminal."""
+    total = sum(result["seconds"].values())
+    lines = [f"{result['model']} on {result['device']}, {result['dtype']}, {result['num_tokens']} tokens"]
+    lines += [f"{stage:<16} {taken:8.2f} s {taken / total:6.1%}" for stage, taken in result["seconds"].items()]
+    lines += [
+        f"{'one forward':<16} {result['forward_seconds']:8.2f} s, {result['share_of_matmul_ceiling']:.0%} of the "
+        f"{result['matmul_flop_per_second'] / 1e12:.1f} TFLOP/s that a matrix product reaches here",
+        f"{'peak memory':<16} {result['peak_memory_gib']:8.1f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def to_json(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=2) + "\n"
+
+
+def _randomised(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
+    module = on_meta(build)
+    generator = torch.Generator(device).manual_seed(0)
+    state = {
+        name: _random_weight(name, torch.empty(parameter.shape, device=device, dtype=dtype), generator)
+        for name, parameter in module.state_dict().items()
+    }
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.to(device)
+
+
+def _random_weight(name: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+    if name.endswith("bias"):
+        return weight.zero_()
+    if "norm" in name or "gamma" in name:
+        return weight.fill_(1.0)
+    return weight.normal_(std=(weight.numel() // weight.shape[0]) ** -0.5, generator=generator)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,136 @@
+"""Architectures and sampling defaults: the one place where their numbers are.
+
+Importing this module costs nothing: no torch, so that a process that only plans can read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+# Part of every clip's content key. Raise it when a change to the code changes pixels at equal inputs.
+NUMERICS_VERSION = 1
+
+DEFAULT_SIZE = (512, 896)  # short and long side in pixels; the reference's orientation decides which is the height
+SIZE_MULTIPLE = 32  # VAE stride 8, pose at half size, patches of 2: other sizes fail in the official network
+MAX_FRAMES = 81  # 21 latent frames: the longest clip SCAIL was trained on
+TEMPORAL_STRIDE = 4  # the VAE turns 1 + 4k frames into 1 + k latent frames
+SPATIAL_STRIDE = 8
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the diffusion transformer. Source: `keymap_14b` and the official class, zai-org/SCAIL."""
+
+    num_layers: int = 40
+    hidden_size: int = 5120
+    num_heads: int = 40
+    ffn_size: int = 13824
+    text_size: int = 4096  # width of the text encoder's states
+    image_size: int = 1280  # width of the image encoder's states
+    time_freq_size: int = 256
+    latent_channels: int = 16
+    mask_channels: int = 4  # appended to the latents; 1 marks what is given, 0 what is to be generated
+    patch_size: int = 2  # in height and width; 1 in time
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    pose_rope_offset: int = 120  # pose tokens sit 120 columns to the right of the video tokens
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Sizes of the Wan 2.1 video VAE."""
+
+    base_size: int = 96
+    latent_channels: int = 16
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the UMT5 encoder; the defaults are umt5-xxl."""
+
+    vocab_size: int = 256384
+    hidden_size: int = 4096
+    attention_size: int = 4096  # all heads together; not the hidden size in a small model
+    ffn_size: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """Sizes of the CLIP visual tower; the defaults are ViT-H/14."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1280
+    ffn_size: int = 5120
+    num_heads: int = 16
+    num_layers: int = 32
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole SCAIL model; two models of ours differ in nothing but such numbers."""
+
+    name: str = "SCAIL_14B"
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+
+
+SCAIL_14B = ModelConfig()
+SCAIL_TINY = ModelConfig(  # tests and the first demo, runs on a CPU; its weights are random
+    name="SCAIL_TINY",
+    transformer=replace(
+        SCAIL_14B.transformer,
+        num_layers=2,
+        hidden_size=48,
+        num_heads=4,
+        ffn_size=96,
+        text_size=32,
+        image_size=40,
+        time_freq_size=64,
+    ),
+    vae=replace(SCAIL_14B.vae, base_size=4),
+    text_encoder=replace(
+        SCAIL_14B.text_encoder,
+        vocab_size=384,
+        hidden_size=32,
+        attention_size=24,
+        ffn_size=56,
+        num_heads=3,
+        num_layers=2,
+    ),
+    image_encoder=replace(
+        SCAIL_14B.image_encoder, image_size=56, hidden_size=40, ffn_size=80, num_heads=4, num_layers=4
+    ),
+)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one clip is sampled; everything here changes its pixels."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0  # 1.0 or less: the unconditional pass is skipped
+    shift: float = 5.0
+    seed: int = 0
+
+
+QUALITY = SamplingParams()  # the official recipe
+
+# `fast` is right only for a checkpoint into which a step-distilled LoRA was fused.
+PROFILES: dict[str, SamplingParams] = {
+    "quality": QUALITY,
+    "fast": replace(QUALITY, num_inference_steps=4, guidance_scale=1.0),
+}

@@ -1,0 +1,445 @@
+"""Original files → our checkpoint folder. The layouts are data, in `scail.layouts`; here they are found and followed.
+
+A source is a folder that holds the four networks and umt5's tokenizer somewhere in it. Networks are recognised by
+their keys and not by file names, so these all work, and mixtures of them:
+
+- the official SCAIL-Preview folder: SAT `mp_rank_00_model_states.pt`, `Wan2.1_VAE.pth`, umt5 and CLIP `.pth`;
+- the official `wan` branch: Wan's names, the pose patches as `patch_embedding_pose`, a `config.json` with the heads;
+- Wan2GP and ComfyUI safetensors: Wan's names, bare or under `diffusion_model.` or `model.diffusion_model.`; text and
+  image encoder under the names of the official files or of transformers.
+
+Nothing is held whole: files are mapped, opened anew for every shard that is written, and no code in them is run.
+
+Source: zai-org/SCAIL (SAT names), Wan 2.1 (Wan names), diffusers (VAE names).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from scail.checkpoint import (
+    MAX_SHARD_BYTES,
+    Shard,
+    compare_shapes,
+    load_tokenizer,
+    on_meta,
+    plan_shards,
+    shapes_of,
+    write_index,
+)
+from scail.config import (
+    SCAIL_14B,
+    ImageEncoderConfig,
+    ModelConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+)
+from scail.errors import CheckpointError, InvalidInputError
+from scail.fingerprint import (
+    COMPONENTS,
+    IMAGE_ENCODER,
+    MODEL_INDEX,
+    TEXT_ENCODER,
+    TOKENIZER,
+    TRANSFORMER,
+    VAE,
+    Component,
+    TensorHeader,
+    record_hashes,
+    some,
+    write_model_config,
+)
+from scail.layouts import (
+    LAYOUTS,
+    SAT_TRANSFORMER,
+    WAN_IMAGE_ENCODER,
+    WAN_TEXT_ENCODER,
+    WAN_VAE,
+    Layout,
+    Recipe,
+    Shapes,
+    needed_by,
+    num_blocks_of,
+)
+from scail.models.image_encoder import ImageEncoder
+from scail.models.text_encoder import TextEncoder
+from scail.models.transformer import ScailTransformer
+from scail.models.vae import VideoVae
+from scail.sources import SourceFile, source_files
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]  # component, its bytes written so far, its bytes in all
+
+_HEAD_SIZE = 128  # the transformer's, in every size of Wan
+_IMAGE_HEAD_SIZE = 80  # ViT-H's
+_READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
+_QUANTISED_KEY = re.compile(
+    r"scaled_fp8|comfy_quant|\.(weight_scale|scale_weight|scale_input|input_scale|_scale|_data)$"
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Numbers of attention heads, which shapes do not tell; None: by the head sizes that all released models have."""
+
+    transformer: int | None = None
+    image_encoder: int | None = None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion took for what.
+
+    Attributes:
+        config: Sizes of the model.
+        taken: File and layout by component.
+        left_out: Keys by component that were in the file and belong to no part that a render runs.
+        unrecognised: Weight files that hold none of the four networks.
+    """
+
+    config: ModelConfig
+    taken: dict[str, str]
+    left_out: dict[str, tuple[str, ...]]
+    unrecognised: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A network found in a file."""
+
+    file: SourceFile
+    layout: Layout
+    prefix: str
+
+    def __str__(self) -> str:
+        return f"{self.file.path} ({self.layout.name} names)"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is needed to write one component."""
+
+    match: _Match
+    names: dict[str, str]  # from the recipes' keys to the file's own
+    recipes: dict[str, Recipe]
+    shapes: dict[str, tuple[int, ...]]
+    left_out: tuple[str, ...]
+
+
+def convert(
+    source: Path,
+    dest: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: Heads | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_progress: Progress | None = None,
+) -> ConversionReport:
+    """Write our checkpoint folder from original files.
+
+    Everything is checked by the files' headers before the first byte is written. `dest` appears, complete, at the
+    end; a conversion that was killed leaves a hidden `.partial` folder beside it.
+
+    Args:
+        source: Folder with the four networks and umt5's tokenizer.
+        dest: A folder that does not exist or is empty.
+        dtype: Of transformer, text and image encoder; the VAE is written in float32.
+        heads: Numbers of heads of models that were never released, such as those of tests.
+        max_shard_bytes: Bound of a file of weights; from float32 files a conversion needs about 3.5 times as much memory.
+        on_progress: Called after every file with component, bytes written and bytes in all.
+
+    Raises:
+        InvalidInputError: If `source` is no folder or `dest` is in use.
+        CheckpointError: If a network or the tokenizer is not found, is there twice, is incomplete, has unknown
+            tensors, is quantised, damaged, or holds pickled code.
+    """
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise InvalidInputError(f"{dest} is in use; expected a new or an empty folder.")
+    matches, unrecognised = _find_networks(source)
+    tokenizer_dir = _find_tokenizer(source)
+    plans, config = _plan_model(matches, heads or Heads())
+    for plan in plans:
+        logger.info("%s from %s", plan.match.layout.component.folder, plan.match)
+        if plan.left_out:
+            logger.info("%d tensors are not needed: %s", len(plan.left_out), some(plan.left_out))
+    partial_dest = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        write_model_config(partial_dest, config)
+        for plan in plans:
+            plan_dtype = torch.float32 if plan.match.layout.component is VAE else dtype
+            _write_component(plan, partial_dest, plan_dtype, max_shard_bytes, on_progress)
+        _copy_tokenizer(tokenizer_dir, partial_dest)
+        record_hashes(partial_dest)
+        partial_dest.replace(dest)
+    finally:
+        shutil.rmtree(partial_dest, ignore_errors=True)
+    return ConversionReport(
+        config=config,
+        taken={plan.match.layout.component.folder: str(plan.match) for plan in plans},
+        left_out={plan.match.layout.component.folder: plan.left_out for plan in plans if plan.left_out},
+        unrecognised=unrecognised,
+    )
+
+
+def _find_networks(source: Path) -> tuple[dict[Component, _Match], tuple[Path, ...]]:
+    if not source.is_dir():
+        raise InvalidInputError(f"{source} is not a folder; expected one that holds the original files.")
+    if (source / MODEL_INDEX).is_file() and (source / TRANSFORMER.folder).is_dir():
+        raise InvalidInputError(f"{source} has a {MODEL_INDEX}: it is converted already, or not of an original layout.")
+    found: dict[Component, list[_Match]] = defaultdict(list)
+    unrecognised = []
+    for file in source_files(source):
+        matches = [
+            _Match(file, layout, prefix)
+            for layout in LAYOUTS
+            for prefix in layout.prefixes
+            if prefix + layout.signature in file.headers
+        ]
+        for match in matches:
+            found[match.layout.component].append(match)
+        if not matches:
+            unrecognised.append(file.path)
+    problems = [f"no {component.folder}" for component in COMPONENTS if not found[component]]
+    problems += [
+        f"more than one {component.folder}: {', '.join(map(str, matches))}"
+        for component, matches in found.items()
+        if len(matches) > 1
+    ]
+    if problems:
+        seen = f" Weight files of no known layout: {some(map(str, unrecognised))}." if unrecognised else ""
+        raise CheckpointError(f"{source} has {'; '.join(problems)}.{seen}")
+    return {component: matches[0] for component, matches in found.items()}, tuple(unrecognised)
+
+
+def _plan_model(matches: Mapping[Component, _Match], heads: Heads) -> tuple[list[_Plan], ModelConfig]:
+    plans = {component: _plan(match) for component, match in matches.items()}
+    shapes = {
+        component: {ours: recipe.shape(plan.shapes) for ours, recipe in plan.recipes.items()}
+        for component, plan in plans.items()
+    }
+    try:
+        config = ModelConfig(
+            name="SCAIL",
+            transformer=_transformer_config(
+                shapes[TRANSFORMER], heads.transformer or _heads_beside(matches[TRANSFORMER].file.path)
+            ),
+            vae=_vae_config(shapes[VAE]),
+            text_encoder=_text_encoder_config(shapes[TEXT_ENCODER]),
+            image_encoder=_image_encoder_config(shapes[IMAGE_ENCODER], heads.image_encoder),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"a tensor is missing: {error.args[0]}.") from error
+    if replace(config, name=SCAIL_14B.name) == SCAIL_14B:
+        config = SCAIL_14B
+    networks: dict[Component, Callable[[], nn.Module]] = {
+        TRANSFORMER: partial(ScailTransformer, config.transformer),
+        VAE: lambda: VideoVae.from_config(config.vae).model,
+        TEXT_ENCODER: partial(TextEncoder, config.text_encoder),
+        IMAGE_ENCODER: partial(ImageEncoder, config.image_encoder),
+    }
+    for component, build in networks.items():
+        compare_shapes(shapes[component], shapes_of(on_meta(build)), where=str(matches[component]))
+    return [replace(plans[component], shapes=shapes[component]) for component in COMPONENTS], config
+
+
+def _plan(match: _Match) -> _Plan:
+    """Which tensors of a file make which of ours; `shapes` are still the file's."""
+    layout, prefix, headers = match.layout, match.prefix, match.file.headers
+    names = {key.removeprefix(prefix): key for key in headers if key.startswith(prefix)}
+    for spelling, meant in layout.aliases.items():
+        for key in [key for key in names if key.startswith(spelling)]:
+            if (canonical := meant + key.removeprefix(spelling)) not in names:
+                names[canonical] = names.pop(key)
+    unused = [key for key in names if key.startswith(layout.unused)] if layout.unused else []
+    keys = names.keys() - set(unused)
+    _refuse_quantised(match, {key: headers[names[key]] for key in sorted(keys)})
+    recipes = layout.recipes(sorted(keys, key=_natural_order))
+    used = {source for recipe in recipes.values() for source in recipe.sources}
+    if missing := used - keys:
+        raise CheckpointError(f"{match}: {len(missing)} tensors are missing: {some(missing)}.")
+    if extra := keys - used:
+        raise CheckpointError(f"{match}: {len(extra)} tensors are not known: {some(extra)}.")
+    needed = needed_by(layout.component, recipes)
+    taken = {names[source] for recipe in needed.values() for source in recipe.sources}
+    shapes = {key: headers[names[key]].shape for key in keys}
+    return _Plan(match, names, needed, shapes, left_out=tuple(sorted(headers.keys() - taken)))
+
+
+def _refuse_quantised(match: _Match, headers: Mapping[str, TensorHeader]) -> None:
+    for key, header in headers.items():
+        if header.dtype not in _READABLE_DTYPES or _QUANTISED_KEY.search(key):
+            raise CheckpointError(
+                f"{match} is quantised ({key} is {header.dtype}), and its weights cannot be read back exactly; "
+                "convert the bf16, fp16 or fp32 file instead."
+            )
+
+
+def _natural_order(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _transformer_config(shapes: Shapes, num_heads: int | None) -> TransformerConfig:
+    hidden_size, in_channels, _, patch_size, _ = shapes["patch_embedding.weight"]
+    latent_channels = shapes["head.linear.weight"][0] // patch_size**2
+    if num_heads is None and hidden_size % _HEAD_SIZE:
+        raise CheckpointError(
+            f"the transformer's hidden size is {hidden_size}, no multiple of {_HEAD_SIZE}: say how many heads it has."
+        )
+    num_heads = num_heads or hidden_size // _HEAD_SIZE
+    if hidden_size % num_heads:
+        raise CheckpointError(f"the transformer's hidden size is {hidden_size}, no multiple of {num_heads} heads.")
+    return TransformerConfig(
+        num_layers=num_blocks_of(shapes, "blocks.N.modulation"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        ffn_size=shapes["blocks.0.ffn.0.weight"][0],
+        text_size=shapes["text_embedding.0.weight"][1],
+        image_size=shapes["image_embedding.1.weight"][1],
+        time_freq_size=shapes["time_embedding.0.weight"][1],
+        latent_channels=latent_channels,
+        mask_channels=in_channels - latent_channels,
+        patch_size=patch_size,
+    )
+
+
+def _heads_beside(path: Path) -> int | None:
+    """`num_heads` of the `config.json` in a file's folder, as the `wan` branch writes it."""
+    try:
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    num_heads = config.get("num_heads") if isinstance(config, dict) else None
+    return num_heads if isinstance(num_heads, int) and num_heads > 0 else None
+
+
+def _vae_config(shapes: Shapes) -> VaeConfig:
+    return VaeConfig(base_size=shapes["encoder.conv_in.weight"][0], latent_channels=shapes["post_quant_conv.weight"][0])
+
+
+def _text_encoder_config(shapes: Shapes) -> TextEncoderConfig:
+    vocab_size, hidden_size = shapes["encoder.embed_tokens.weight"]
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    num_buckets, num_heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        attention_size=shapes[f"{attention}.q.weight"][0],
+        ffn_size=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        num_heads=num_heads,
+        num_layers=num_blocks_of(shapes, "encoder.block.N.layer"),
+        num_buckets=num_buckets,
+    )
+
+
+def _image_encoder_config(shapes: Shapes, num_heads: int | None) -> ImageEncoderConfig:
+    hidden_size, _, patch_size, _ = shapes["embeddings.patch_embedding.weight"]
+    num_patches = shapes["embeddings.position_embedding.weight"][0] - 1
+    if num_heads is None and hidden_size % _IMAGE_HEAD_SIZE:
+        raise CheckpointError(
+            f"the image encoder's hidden size is {hidden_size}, no multiple of {_IMAGE_HEAD_SIZE}: say how many heads "
+            "it has."
+        )
+    return ImageEncoderConfig(
+        image_size=patch_size * math.isqrt(num_patches),
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        ffn_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        num_heads=num_heads or hidden_size // _IMAGE_HEAD_SIZE,
+        num_layers=num_blocks_of(shapes, "encoder.layers.N") + 1,  # the last is not run and was left out
+    )
+
+
+def _write_component(
+    plan: _Plan, dest: Path, dtype: torch.dtype, max_shard_bytes: int, on_progress: Progress | None
+) -> None:
+    component = plan.match.layout.component
+    sizes = {ours: math.prod(shape) * dtype.itemsize for ours, shape in plan.shapes.items()}
+    shards = plan_shards(component, sizes, max_shard_bytes)
+    written = 0
+    for shard in shards:
+        _write_shard(plan, shard, dest / component.folder, dtype)
+        written += sum(sizes[ours] for ours in shard.keys)
+        if on_progress is not None:
+            on_progress(component.folder, written, sum(sizes.values()))
+    if len(shards) > 1:
+        write_index(dest / component.folder, component, shards, written)
+
+
+def _write_shard(plan: _Plan, shard: Shard, folder: Path, dtype: torch.dtype) -> None:
+    """Write one file. The source is open no longer than that: a mapped file's pages stay while it is open."""
+    with plan.match.file.open() as read:
+        tensors = {
+            ours: plan.recipes[ours].make(lambda key: read(plan.names[key])).to(dtype).contiguous()
+            for ours in shard.keys
+        }
+        save_file(tensors, folder / shard.file_name, metadata={"format": "pt"})
+
+
+def _find_tokenizer(source: Path) -> Path:
+    """umt5's tokenizer: the one whose padding is token 0 (CLIP's text tower, often beside it, has 1)."""
+    folders = []
+    for path in sorted(source.rglob("tokenizer.json")):
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
+        if tokenizer.token_to_id("<pad>") == 0:
+            folders.append(path.parent)
+    if len(folders) != 1:
+        found = f"{len(folders)}: {some(map(str, folders))}" if folders else "none"
+        raise CheckpointError(
+            f"{source} should have one umt5 tokenizer (google/umt5-xxl's tokenizer.json); found {found}."
+        )
+    return folders[0]
+
+
+def _copy_tokenizer(tokenizer_dir: Path, dest: Path) -> None:
+    (dest / TOKENIZER).mkdir()
+    for name in _TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, dest / TOKENIZER / name)
+    load_tokenizer(dest)
+
+
+def convert_transformer_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SAT tensors, keys without `model.diffusion_model.`, as `ScailTransformer` names them."""
+    return _convert_state(SAT_TRANSFORMER, state)
+
+
+def convert_vae_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `Wan2.1_VAE.pth` as `VideoVae.model` names them."""
+    return _convert_state(WAN_VAE, state)
+
+
+def convert_text_encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of umt5's `.pth` as `TextEncoder` names them."""
+    return _convert_state(WAN_TEXT_ENCODER, state)
+
+
+def convert_image_encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of CLIP's `.pth` as `ImageEncoder` names them; those it does not run are left out."""
+    return _convert_state(WAN_IMAGE_ENCODER, state)
+
+
+def _convert_state(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    keys = [key for key in state if not key.startswith(layout.unused)]
+    recipes = needed_by(layout.component, layout.recipes(keys))
+    return {ours: recipe.make(state.__getitem__) for ours, recipe in recipes.items()}

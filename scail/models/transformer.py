@@ -1,0 +1,267 @@
+"""The diffusion transformer of SCAIL: Wan 2.1's blocks over reference, video and pose tokens.
+
+Velocity is `noise - data`; a timestep is 1000 · sigma, fractional allowed. Tokens are joined in the order reference,
+video, pose, each flattened frame, row, column, and attend to one another without a mask. What depends on the clip
+and not on the step, the tokens of reference and pose and the keys and values of both cross-attentions, is computed
+once, by `prepare`.
+
+Source: zai-org/SCAIL, the DiT and its mixins; sizes and names of the weights in `scail.conversion`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from scail.config import TransformerConfig
+from scail.errors import InvalidInputError
+from scail.models.attention import attention
+from scail.models.rope import RotaryTable, apply_rotary, rotary_table
+from scail.types import Conditioning
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """Keys and values of one cross-attention, each (B, M, heads, head_size)."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class PreparedConditioning:
+    """A `Conditioning` as the blocks use it: computed once for a clip, the same at every step."""
+
+    reference_tokens: Tensor  # (B, h·w / 4, D)
+    pose_tokens: Tensor  # (B, f·h·w / 16, D)
+    rotary: RotaryTable
+    text: tuple[KeyValue, ...]  # one for each block
+    image: tuple[KeyValue, ...]
+
+
+class ScailTransformer(nn.Module):
+    """Predicts the velocity of the video latents."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        in_channels = config.latent_channels + config.mask_channels
+        patch = (1, config.patch_size, config.patch_size)
+        self.patch_embedding = nn.Conv3d(in_channels, size, kernel_size=patch, stride=patch)
+        self.pose_patch_embedding = nn.Conv3d(in_channels, size, kernel_size=patch, stride=patch)
+        self.time_embedding = nn.Sequential(nn.Linear(config.time_freq_size, size), nn.SiLU(), nn.Linear(size, size))
+        self.time_projection = nn.Linear(size, 6 * size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_size, size), nn.GELU(approximate="tanh"), nn.Linear(size, size)
+        )
+        self.image_embedding = nn.Sequential(
+            nn.LayerNorm(config.image_size, eps=1e-5),  # not config.eps: these two came with Wan's CLIP projection
+            nn.Linear(config.image_size, config.image_size),
+            nn.GELU(),
+            nn.Linear(config.image_size, size),
+            nn.LayerNorm(size, eps=1e-5),
+        )
+        self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
+        self.head = Head(config)
+
+    def prepare(self, conditioning: Conditioning) -> PreparedConditioning:
+        """Everything that stays the same from step to step."""
+        config = self.config
+        reference, pose = conditioning.reference_latents, conditioning.pose_latents
+        num_frames, (height, width) = pose.shape[2], reference.shape[-2:]
+        _check_shapes(reference, pose)
+        rotary = rotary_table(config, num_frames, height // config.patch_size, width // config.patch_size)
+        image = self.image_embedding(conditioning.image_embeds)
+        return PreparedConditioning(
+            reference_tokens=_patchify(self.patch_embedding, reference, mask=1.0),
+            pose_tokens=_patchify(self.pose_patch_embedding, pose, mask=1.0),
+            rotary=rotary.to(reference.device, reference.dtype),
+            text=self._text_key_values(conditioning.context),
+            image=tuple(block.cross_attn.image_key_value(image) for block in self.blocks),
+        )
+
+    def with_context(self, prepared: PreparedConditioning, context: Tensor) -> PreparedConditioning:
+        """The same clip under another text: the other side of the guidance."""
+        return replace(prepared, text=self._text_key_values(context))
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        prepared: PreparedConditioning,
+        history_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of `latents`.
+
+        Args:
+            latents: Noisy video latents (B, 16, f, h, w); h and w multiples of 4.
+            timesteps: (B,), 1000 · sigma, in 0 … 1000.
+            prepared: From `prepare`; a batch of one is shared by all of `latents`.
+            history_mask: (1 or B, 4, f, h, w), 1 where `latents` are given and not to be generated.
+
+        Returns:
+            (B, 16, f, h, w) in the dtype of `latents`.
+        """
+        batch_size, _, f, h, w = latents.shape
+        video_tokens = _patchify(self.patch_embedding, latents, mask=0.0 if history_mask is None else history_mask)
+        num_reference, num_video = prepared.reference_tokens.shape[1], video_tokens.shape[1]
+        tokens = torch.cat(
+            (
+                prepared.reference_tokens.expand(batch_size, -1, -1),
+                video_tokens,
+                prepared.pose_tokens.expand(batch_size, -1, -1),
+            ),
+            dim=1,
+        )  # (B, L, D)
+        embedding = self.time_embedding(sinusoid(timesteps, self.config.time_freq_size).to(tokens.dtype))
+        modulation = self.time_projection(F.silu(embedding)).view(batch_size, 6, -1)
+        for block, text, image in zip(self.blocks, prepared.text, prepared.image, strict=True):
+            tokens = block(tokens, modulation, prepared.rotary, text, image)
+        tokens = self.head(tokens[:, num_reference : num_reference + num_video], embedding)
+        p = self.config.patch_size
+        return rearrange(
+            tokens, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h // p, w=w // p, p=p, q=p
+        )  # (B, 16, f, h, w)
+
+    def _text_key_values(self, context: Tensor) -> tuple[KeyValue, ...]:
+        text = self.text_embedding(context)
+        return tuple(block.cross_attn.text_key_value(text) for block in self.blocks)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and an MLP; the first and the last modulated and gated by the timestep."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 6, size))
+        self.self_attn = SelfAttention(config)
+        self.cross_attn_norm = nn.LayerNorm(size, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(size, config.ffn_size), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_size, size)
+        )
+        nn.init.normal_(self.modulation, std=size**-0.5)
+
+    def forward(
+        self, tokens: Tensor, modulation: Tensor, rotary: RotaryTable, text: KeyValue, image: KeyValue
+    ) -> Tensor:
+        rows = (self.modulation + modulation).chunk(6, dim=1)  # each (B, 1, D)
+        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = rows
+        tokens = tokens + attn_gate * self.self_attn(modulate(tokens, attn_shift, attn_scale, self.eps), rotary)
+        tokens = tokens + self.cross_attn(self.cross_attn_norm(tokens), text, image)
+        return tokens + ffn_gate * self.ffn(modulate(tokens, ffn_shift, ffn_scale, self.eps))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.head_size = config.head_size
+        self.qkv = nn.Linear(size, 3 * size)
+        self.norm_q = RMSNorm(size, config.eps)
+        self.norm_k = RMSNorm(size, config.eps)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, tokens: Tensor, rotary: RotaryTable) -> Tensor:
+        query, key, value = self.qkv(tokens).chunk(3, dim=-1)
+        query, key, value = (
+            _split_heads(x, self.head_size) for x in (self.norm_q(query), self.norm_k(key), value)
+        )  # (B, L, heads, head_size)
+        out = attention(apply_rotary(query, rotary), apply_rotary(key, rotary), value)
+        return self.out(out.flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Two softmaxes over the same queries, one over the text and one over the image; their outputs are added."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.head_size = config.head_size
+        self.q = nn.Linear(size, size)
+        self.text_kv = nn.Linear(size, 2 * size)
+        self.image_kv = nn.Linear(size, 2 * size)
+        self.norm_q = RMSNorm(size, config.eps)
+        self.norm_text_k = RMSNorm(size, config.eps)
+        self.norm_image_k = RMSNorm(size, config.eps)
+        self.out = nn.Linear(size, size)
+
+    def text_key_value(self, text: Tensor) -> KeyValue:
+        key, value = self.text_kv(text).chunk(2, dim=-1)
+        return KeyValue(_split_heads(self.norm_text_k(key), self.head_size), _split_heads(value, self.head_size))
+
+    def image_key_value(self, image: Tensor) -> KeyValue:
+        key, value = self.image_kv(image).chunk(2, dim=-1)
+        return KeyValue(_split_heads(self.norm_image_k(key), self.head_size), _split_heads(value, self.head_size))
+
+    def forward(self, tokens: Tensor, text: KeyValue, image: KeyValue) -> Tensor:
+        query = _split_heads(self.norm_q(self.q(tokens)), self.head_size)
+        out = attention(query, text.key, text.value) + attention(query, image.key, image.value)
+        return self.out(out.flatten(-2))
+
+
+class Head(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.hidden_size))
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.latent_channels)
+        nn.init.normal_(self.modulation, std=config.hidden_size**-0.5)
+
+    def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale = (self.modulation + embedding[:, None]).chunk(2, dim=1)
+        return self.linear(modulate(tokens, shift, scale, self.eps))
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the whole hidden size, all heads together; computed in float32 as the official one."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without parameters, then scale and shift."""
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def sinusoid(timesteps: Tensor, size: int) -> Tensor:
+    """(B, size), cosines first; float64, since in float32 the network's output is 2e-5 off."""
+    half = size // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
+    angles = timesteps.double()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def _patchify(projection: nn.Conv3d, latents: Tensor, *, mask: float | Tensor) -> Tensor:
+    """Tokens (B, L, D) of latents with their mask appended as 4 more channels."""
+    shape = (latents.shape[0], projection.in_channels - latents.shape[1], *latents.shape[2:])
+    channels = mask.to(latents.dtype).expand(shape) if isinstance(mask, Tensor) else latents.new_full(shape, mask)
+    return projection(torch.cat((latents, channels), dim=1)).flatten(2).transpose(1, 2)
+
+
+def _split_heads(x: Tensor, head_size: int) -> Tensor:
+    return rearrange(x, "b l (heads d) -> b l heads d", d=head_size)
+
+
+def _check_shapes(reference: Tensor, pose: Tensor) -> None:
+    height, width = reference.shape[-2:]
+    if height % 4 or width % 4:
+        raise InvalidInputError(f"latents are {height} x {width}; height and width must be multiples of 4.")
+    if pose.shape[-2:] != (height // 2, width // 2):
+        raise InvalidInputError(
+            f"pose latents are {tuple(pose.shape[-2:])}; expected half of the reference's {(height, width)}."
+        )

@@ -1,0 +1,191 @@
+"""One clip, from pixels to pixels. `ScailPipeline.__call__` is the table of contents of a render."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scail import preprocess
+from scail.checkpoint import (
+    load_image_encoder,
+    load_text_encoder,
+    load_tokenizer,
+    load_transformer,
+    load_vae,
+)
+from scail.config import MAX_FRAMES, QUALITY, SamplingParams
+from scail.errors import InvalidInputError, OutOfMemoryError
+from scail.geometry import check_size, target_size
+from scail.models.image_encoder import ImageEncoder
+from scail.models.text_encoder import PromptTokenizer, TextEncoder
+from scail.models.transformer import PreparedConditioning, ScailTransformer
+from scail.models.vae import VideoVae
+from scail.sampling import denoise, flow_sigmas, guide
+from scail.timing import StageClock
+from scail.types import Conditioning, LatentShape, ScailOutput
+
+
+@dataclass(frozen=True)
+class ScailPipeline:
+    """A SCAIL model and what it needs around it. Frozen: a render changes nothing in it.
+
+    Attributes:
+        device: Where every stage computes.
+        dtype: Of weights and activations; latents, guidance and the Euler steps are float32 whatever it is.
+    """
+
+    transformer: ScailTransformer
+    vae: VideoVae
+    text_encoder: TextEncoder
+    image_encoder: ImageEncoder
+    tokenizer: PromptTokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint_dir: str | Path,
+        *,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> ScailPipeline:
+        """Load a checkpoint folder, as `scail convert` writes it.
+
+        Raises:
+            CheckpointError: If a file or a weight is missing, extra, misshapen or unreadable.
+        """
+        path, device = Path(checkpoint_dir), torch.device(device)
+        return cls(
+            transformer=load_transformer(path, device=device, dtype=dtype),
+            vae=load_vae(path, device=device, dtype=dtype),
+            text_encoder=load_text_encoder(path, device=device, dtype=dtype),
+            image_encoder=load_image_encoder(path, device=device, dtype=dtype),
+            tokenizer=load_tokenizer(path),
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        reference: NDArray[np.uint8],
+        pose: NDArray[np.uint8],
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        params: SamplingParams = QUALITY,
+        size: tuple[int, int] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> ScailOutput:
+        """Render one clip.
+
+        Args:
+            reference: uint8 (H, W, 3), RGB: the character.
+            pose: uint8 (F, H, W, 3), RGB: the rendered pose video, 1 to 81 frames. Of F frames the first
+                1 + 4·((F - 1) // 4) are rendered, as the official code does.
+            prompt: May be empty.
+            negative_prompt: Empty in the official recipe.
+            params: Steps, guidance, shift, seed.
+            size: (height, width), multiples of 32; the official rule by the reference's orientation if absent.
+            on_step: Called after each step with the steps done and their number; it may raise `Interrupted`.
+
+        Raises:
+            InvalidInputError: Before anything slow runs, if sizes, types or frame counts do not fit.
+            OutOfMemoryError: If the device has too little memory.
+            GenerationError: If the latents are not finite.
+        """
+        height, width = size or target_size(*reference.shape[:2])
+        _check_inputs(reference, pose, height, width)
+        shape = LatentShape.of_clip(len(pose), height, width)
+        clock = StageClock(self.device)
+        try:
+            with clock.stage("preprocess"):
+                reference_pixels = preprocess.reference_pixels(reference, height, width)
+                pose_pixels = preprocess.pose_pixels(pose, height, width)
+            with clock.stage("encode_text"):
+                context = self.encode_prompt(prompt)
+                negative_context = self.encode_prompt(negative_prompt) if params.guidance_scale > 1 else None
+            with clock.stage("encode_image"):
+                image_embeds = self.encode_image(reference_pixels)
+                reference_latents = self.encode_latents(reference_pixels)
+            with clock.stage("encode_pose"):
+                pose_latents = self.encode_latents(pose_pixels)
+            with clock.stage("denoise"):
+                conditioning = Conditioning(context, image_embeds, reference_latents, pose_latents)
+                noise = seeded_noise(shape, params.seed)
+                latents = self.generate(conditioning, negative_context, noise, params, on_step)
+            with clock.stage("decode_latents"):
+                frames = self.decode(latents)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{len(pose)} frames of {height} x {width} do not fit: {error}") from error
+        return ScailOutput(
+            frames=frames,
+            latents=latents.cpu(),
+            seconds=clock.seconds,
+            peak_memory_gib=clock.peak_memory_gib(),
+            num_dropped_frames=len(pose) - shape.num_output_frames,
+        )
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Text states (1, 512, text_size) of a prompt; padded positions are exact zeros."""
+        token_ids, mask = self.tokenizer(prompt)
+        return self.text_encoder(token_ids.to(self.device), mask.to(self.device)).to(self.dtype)
+
+    def encode_image(self, reference_pixels: Tensor) -> Tensor:
+        """Image states (1, N, image_size) of reference pixels (1, 3, 1, H, W)."""
+        return self.image_encoder(reference_pixels[:, :, 0].to(self.device, self.dtype)).to(self.dtype)
+
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        """Normalised latents (1, 16, f, H / 8, W / 8) of pixels (1, 3, F, H, W)."""
+        return self.vae.encode(pixels.to(self.device, self.dtype)).to(self.dtype)
+
+    def generate(
+        self,
+        conditioning: Conditioning,
+        negative_context: Tensor | None,
+        noise: Tensor,
+        params: SamplingParams,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Latents, float32 (1, 16, f, h, w), from noise of that shape; no guidance without a negative context."""
+        prepared = self.transformer.prepare(conditioning)
+        negative = None if negative_context is None else self.transformer.with_context(prepared, negative_context)
+
+        def predict_velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+            conditional = self._velocity(latents, timestep, prepared)
+            if negative is None:
+                return conditional
+            return guide(self._velocity(latents, timestep, negative), conditional, params.guidance_scale)
+
+        sigmas = flow_sigmas(params.num_inference_steps, params.shift)
+        return denoise(predict_velocity, noise.to(self.device), sigmas, on_step)
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """uint8 (F', H, W, 3) frames of latents (1, 16, f, h, w)."""
+        return preprocess.to_frames(self.vae.decode(latents))
+
+    def _velocity(self, latents: Tensor, timestep: Tensor, prepared: PreparedConditioning) -> Tensor:
+        return self.transformer(latents.to(self.dtype), timestep[None], prepared).float()
+
+
+def seeded_noise(shape: LatentShape, seed: int) -> Tensor:
+    """Unit Gaussian noise (1, 16, f, h, w), float32; drawn on the CPU, so that a seed means the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 16, shape.num_frames, shape.height, shape.width, generator=generator)
+
+
+def _check_inputs(reference: NDArray[np.uint8], pose: NDArray[np.uint8], height: int, width: int) -> None:
+    check_size(height, width)
+    for name, array, num_axes in (("reference", reference, 3), ("pose", pose, 4)):
+        if array.dtype != np.uint8 or array.ndim != num_axes or array.shape[-1] != 3 or 0 in array.shape:
+            axes = "(H, W, 3)" if num_axes == 3 else "(F, H, W, 3)"
+            raise InvalidInputError(f"{name} is {array.dtype} {array.shape}; expected uint8 {axes}, not empty.")
+    if len(pose) > MAX_FRAMES:
+        raise InvalidInputError(f"pose has {len(pose)} frames; a clip has at most {MAX_FRAMES}.")

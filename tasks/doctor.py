@@ -1,0 +1,92 @@
+"""Is this machine ready? One line for each thing that a render needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from scail.errors import ScailError
+from scail.fingerprint import check_folder, read_model_config
+from tasks.settings import Settings
+
+
+class Finding(NamedTuple):
+    ok: bool
+    what: str
+    message: str
+
+
+def examine(checkpoint: str) -> list[Finding]:
+    """Every check in turn; one that fails does not stop the next."""
+    checks: dict[str, Callable[[], str]] = {
+        "ffmpeg": _ffmpeg,
+        "decord": _decord,
+        "torch": _torch,
+        "scratch": _scratch,
+        "Prefect API": _prefect_api,
+    }
+    return [*_checkpoint(checkpoint), *(_run(what, check) for what, check in checks.items())]
+
+
+def _run(what: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(True, what, check())
+    except Exception as error:  # noqa: BLE001  # whatever is wrong with a library, the doctor says it and goes on
+        return Finding(False, what, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _checkpoint(checkpoint: str) -> list[Finding]:
+    folder = Path(checkpoint)
+    if problems := check_folder(folder):
+        return [Finding(False, "checkpoint", problem) for problem in problems]
+    config = read_model_config(folder)
+    return [Finding(True, "checkpoint", f"{checkpoint}: {config.name}, {config.transformer.num_layers} layers")]
+
+
+def _ffmpeg() -> str:
+    from scail.ffmpeg_process import find_ffmpeg, find_ffprobe
+
+    ffmpeg, ffprobe = find_ffmpeg(Settings().ffmpeg), find_ffprobe()
+    return f"{ffmpeg}; probing by {ffprobe or 'PyAV'}"
+
+
+def _decord() -> str:
+    import decord
+
+    return f"{decord.__version__}"
+
+
+def _torch() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        if Settings().device.startswith("cuda"):
+            raise ScailError(f"SCAIL_DEVICE is {Settings().device}; torch {torch.__version__} sees no GPU.")
+        return f"{torch.__version__}, no GPU: renders run on the CPU, which is for trying out only"
+    free, total = torch.cuda.mem_get_info()
+    return (
+        f"{torch.__version__}, {torch.cuda.get_device_name()}: {free / 1024**3:.0f} of {total / 1024**3:.0f} GiB free"
+    )
+
+
+def _scratch() -> str:
+    scratch_dir = Settings().scratch_dir
+    scratch_dir.mkdir(parents=True, exist_ok=True)
+    probe = scratch_dir / ".doctor"
+    probe.write_bytes(b"ok")
+    probe.unlink()
+    return f"{scratch_dir} can be written"
+
+
+def _prefect_api() -> str:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        return "none is set: each run starts a temporary one on this machine"
+    with get_client(sync_client=True) as client:
+        if (error := client.api_healthcheck()) is not None:
+            raise error
+    return f"{url} answers"

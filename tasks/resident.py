@@ -1,0 +1,56 @@
+"""The model that stays in the process: loaded by the first clip, used by all.
+
+A module of its own, without a `@task`: a task's function travels to a Dask worker by value when its module is not
+installed there, and with it would travel an empty cache, so that every clip loaded the model again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from scail import ScailPipeline
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def load_pipeline(checkpoint: str, fingerprint: str, device: str, dtype: str) -> ScailPipeline:
+    """The resident pipeline; a second call with the same arguments costs nothing.
+
+    Args:
+        checkpoint: A local checkpoint folder.
+        fingerprint: What the folder's fingerprint must be.
+        device: `auto`, or a torch device.
+        dtype: `auto`, `bfloat16` or `float32`.
+
+    Raises:
+        CheckpointError: If the folder cannot be loaded or holds another model.
+    """
+    from scail import CheckpointError, ScailPipeline
+    from scail.fingerprint import checkpoint_fingerprint
+
+    if (found := checkpoint_fingerprint(Path(checkpoint))) != fingerprint:
+        raise CheckpointError(f"{checkpoint} on this machine has the fingerprint {found}; expected {fingerprint}.")
+    start = time.perf_counter()
+    torch_device, torch_dtype = choose_device(device, dtype)
+    pipeline = ScailPipeline.from_pretrained(checkpoint, device=torch_device, dtype=torch_dtype)
+    logger.info("loaded %s on %s as %s in %.1f s", checkpoint, device, torch_dtype, time.perf_counter() - start)
+    return pipeline
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What `auto` means here: a GPU in bfloat16 if there is one, otherwise the CPU in float32."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return torch.device(device), getattr(torch, dtype)

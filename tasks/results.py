@@ -1,0 +1,269 @@
+"""What a run leaves behind besides its clips: results joined to rows, failures as a manifest, a summary.
+
+OUTPUT/runs/<run id>/
+    results.jsonl   every result whole, in the order of the rows
+    results.csv     every input column untouched and in its order, then our own: status, video, seconds, cost,
+                    error_class, message; one of ours that an input column is named like is called `result_…`
+    failures.csv    only if a row failed or was invalid: those rows as a manifest, references made absolute; from a
+                    local manifest these are local paths, which a manifest in a bucket may not name: render a copy
+    summary.json    counts, times, memory, cost, versions
+    report.html     written by tasks/report.py
+    _SUCCESS        written last, when everything else is there
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from scail.errors import InvalidInputError
+from tasks import storage
+from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
+from tasks.manifest import URI_COLUMNS, RowProblem, resolve_reference
+
+logger = logging.getLogger(__name__)
+
+RESULT_COLUMNS = ("status", "video", "seconds", "cost", "error_class", "message")
+SUCCESS = "_SUCCESS"
+
+_NOT_DONE = (ClipStatus.FAILED, ClipStatus.INVALID)
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_Frozen = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunInfo(BaseModel):
+    """Which run it was: what it read, where it wrote, with which weights and versions."""
+
+    model_config = _Frozen
+
+    run_id: str
+    manifest_uri: str
+    output_uri: str
+    started_at: AwareDatetime
+    finished_at: AwareDatetime
+    checkpoint_name: str
+    checkpoint_fingerprint: str
+    device: str
+    versions: dict[str, str]
+    price_per_gpu_hour: float | None = None  # None: cost is not stated
+    notice: str | None = None  # shown on top of the report, such as "random weights: the pictures are noise"
+
+
+class Spread(BaseModel):
+    """How a time varied between clips, in seconds."""
+
+    model_config = _Frozen
+
+    p50: float
+    p90: float
+    total: float
+
+
+class Summary(BaseModel):
+    """A run's summary.json. Times, frames and memory are of the clips that this run rendered itself."""
+
+    model_config = _Frozen
+
+    run: RunInfo
+    counts: dict[ClipStatus, int]  # every status, also those that did not occur
+    gpu_seconds: float  # how long clips held a GPU, all their stages together
+    clip_seconds: Spread | None
+    stage_seconds: dict[str, Spread]  # in the order in which the stages run
+    peak_memory_gib: float | None
+    num_frames: int
+    cost: float | None
+
+
+def write_results(results: Sequence[ClipResult], *, columns: Sequence[str], run_dir_uri: str, run: RunInfo) -> Summary:
+    """Write results.jsonl, results.csv, failures.csv and summary.json of a run.
+
+    Args:
+        results: One per row of the manifest, in any order.
+        columns: The manifest's columns in the order of the file.
+        run_dir_uri: OUTPUT/runs/<run id>.
+        run: What is known of the run itself.
+
+    Raises:
+        StorageError: If a file cannot be written.
+    """
+    ordered = sorted(results, key=lambda result: result.row)
+    summary = summarise(ordered, run)
+    texts = {
+        "results.jsonl": "".join(f"{result.model_dump_json()}\n" for result in ordered),
+        "results.csv": _results_csv(ordered, columns, run.price_per_gpu_hour),
+        "summary.json": summary.model_dump_json(indent=2) + "\n",
+    }
+    if _num_not_done(summary):
+        texts["failures.csv"] = _failures_csv(ordered, columns, run.manifest_uri)
+    for name, text in texts.items():
+        storage.publish_bytes(storage.join(run_dir_uri, name), text.encode())
+    logger.info("wrote the results of %d rows to %s", len(ordered), run_dir_uri)
+    return summary
+
+
+def invalid_results(problems: Iterable[RowProblem]) -> list[ClipResult]:
+    """The rows that could not be read, one result each with all that is wrong with it."""
+    results = []
+    for row, group in groupby(sorted(problems, key=lambda problem: problem.row), key=lambda problem: problem.row):
+        of_row = list(group)
+        results.append(
+            ClipResult(
+                row=row,
+                clip_id=of_row[0].clip_id or f"line-{row}",
+                status=ClipStatus.INVALID,
+                error_class="RowProblem",
+                message="; ".join(str(problem) for problem in of_row),
+                columns=of_row[0].columns,
+            )
+        )
+    return results
+
+
+def summarise(results: Sequence[ClipResult], run: RunInfo) -> Summary:
+    """Counts of all rows, and measurements of those that this run rendered."""
+    rendered = _rendered_metrics(results)
+    totals = [metrics.total_seconds for metrics in rendered]
+    stages = dict.fromkeys(stage for metrics in rendered for stage in metrics.seconds)
+    return Summary(
+        run=run,
+        counts={status: sum(result.status is status for result in results) for status in ClipStatus},
+        gpu_seconds=sum(totals),
+        clip_seconds=_spread(totals) if totals else None,
+        stage_seconds={
+            stage: _spread([metrics.seconds[stage] for metrics in rendered if stage in metrics.seconds])
+            for stage in stages
+        },
+        peak_memory_gib=max((metrics.peak_memory_gib for metrics in rendered), default=None),
+        num_frames=sum(metrics.num_frames for metrics in rendered),
+        cost=_cost(sum(totals), run.price_per_gpu_hour),
+    )
+
+
+def closing_line(summary: Summary, report_uri: str) -> str:
+    """The last line on stdout: `12 rendered, 3 skipped, 1 failed → OUTPUT/report.html`."""
+    always = (ClipStatus.RENDERED, ClipStatus.SKIPPED, ClipStatus.FAILED)
+    counts = [
+        f"{summary.counts[status]} {status}" for status in ClipStatus if status in always or summary.counts[status]
+    ]
+    return f"{', '.join(counts)} → {report_uri}"
+
+
+def mark_success(run_dir_uri: str) -> None:
+    """Write `_SUCCESS`: whoever waits for it finds everything else.
+
+    It says that the run is complete, not that every row was rendered: that is in the summary.
+
+    Raises:
+        NotFoundError: If a file of the run is not there; then nothing is written.
+    """
+    summary = Summary.model_validate_json(storage.read_bytes(storage.join(run_dir_uri, "summary.json")))
+    names = ["results.jsonl", "results.csv", "report.html", *(["failures.csv"] if _num_not_done(summary) else [])]
+    missing = [name for name in names if not storage.exists(storage.join(run_dir_uri, name))]
+    if missing:
+        raise storage.NotFoundError(f"{run_dir_uri} has no {', '.join(missing)}: the run is not complete")
+    storage.publish_bytes(storage.join(run_dir_uri, SUCCESS), b"")
+
+
+def _num_not_done(summary: Summary) -> int:
+    return sum(summary.counts[status] for status in _NOT_DONE)
+
+
+def _rendered_metrics(results: Iterable[ClipResult]) -> list[ClipMetrics]:
+    """Of each clip that was rendered; two rows that ask for the same pixels share one render."""
+    by_key: dict[str, ClipMetrics] = {}
+    for result in results:
+        if result.status is ClipStatus.RENDERED and result.metrics:
+            by_key.setdefault(result.metrics.key, result.metrics)
+    return list(by_key.values())
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(p50=_percentile(values, 0.5), p90=_percentile(values, 0.9), total=sum(values))
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    """Linear between the two nearest ranks, as numpy's default."""
+    ordered = sorted(values)
+    rank = share * (len(ordered) - 1)
+    low = int(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def _cost(gpu_seconds: float, price_per_gpu_hour: float | None) -> float | None:
+    return None if price_per_gpu_hour is None else gpu_seconds / 3600 * price_per_gpu_hour
+
+
+def _results_csv(results: Sequence[ClipResult], columns: Sequence[str], price: float | None) -> str:
+    header = [*columns]
+    for name in RESULT_COLUMNS:
+        own_name = name
+        while own_name in header:
+            own_name = f"result_{own_name}"
+        header.append(own_name)
+    rows = []
+    for result in results:
+        seconds, cost = None, None
+        if result.status is ClipStatus.RENDERED and result.metrics:
+            seconds = result.metrics.total_seconds
+            cost = _cost(seconds, price)
+        own_cells = (
+            str(result.status),
+            result.video or "",
+            "" if seconds is None else f"{seconds:.3f}",
+            "" if cost is None else f"{cost:.4f}",
+            _no_formula(result.error_class or ""),
+            _no_formula(result.message or ""),
+        )
+        rows.append([*(result.columns.get(name, "") for name in columns), *own_cells])
+    return _csv(header, rows)
+
+
+def _failures_csv(results: Sequence[ClipResult], columns: Sequence[str], manifest_uri: str) -> str:
+    """The rows that have no clip yet, as a manifest: mend what is wrong and render this file.
+
+    A failed row keeps its clip's id, also one that was derived from its content, so that what is rendered from
+    this file lies where the first run would have put it. A record whose cells could not be told apart is left out.
+    """
+    header = [*columns] if "clip_id" in columns else ["clip_id", *columns]
+    rows = []
+    for result in results:
+        if result.status not in _NOT_DONE or not result.columns:
+            continue
+        cells = dict(result.columns)
+        for name in URI_COLUMNS:
+            cells[name] = _absolute(manifest_uri, cells.get(name, ""))
+        if result.status is ClipStatus.FAILED and not cells.get("clip_id", "").strip():
+            cells["clip_id"] = result.clip_id
+        rows.append([cells.get(name, "") for name in header])
+    return _csv(header, rows)
+
+
+def _absolute(manifest_uri: str, cell: str) -> str:
+    if not cell.strip():
+        return cell
+    try:
+        resolved = resolve_reference(manifest_uri, cell.strip())
+    except InvalidInputError:
+        return cell  # what is wrong with it stays to be seen and mended
+    path = storage.local_path(resolved)
+    return resolved if path is None else str(path.absolute())
+
+
+def _no_formula(text: str) -> str:
+    """A cell of ours that no spreadsheet takes for a formula; a message may quote what somebody else wrote."""
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO(newline="")
+    # CRLF, since Python 3.11 quotes a cell for no other line break than the one it writes itself.
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
