@@ -60,6 +60,7 @@ def render(
         _refuse(error)
     if model.notice:
         err.print(f"[yellow]{model.name}: {model.notice}[/yellow]")
+    err.print("starting Prefect …", style="dim")
     _prepare_prefect(verbose=verbose)
     from flows.progress import progress_bars
     from flows.render_manifest import render_manifest
@@ -119,10 +120,10 @@ def convert(
     from flows.prepare_checkpoint import prepare_checkpoint
 
     try:
-        prepare_checkpoint(source, dest, say=lambda line: err.print(line, markup=False))
+        model = prepare_checkpoint(source, dest, say=lambda line: err.print(line, markup=False))
     except RefusedError as error:
         _refuse(error)
-    out.print(f"{source} → {dest}", markup=False)
+    out.print(f"{model.name}, fingerprint {model.fingerprint} → {dest}", markup=False)
 
 
 @app.command()
@@ -148,7 +149,10 @@ def bench(
     """Measure one clip of random weights on this machine: each stage, one forward pass, the memory."""
     from tasks.measure import measure
 
-    lines, document = measure(model, num_frames=frames, height=height, width=width, num_steps=steps)
+    try:
+        lines, document = measure(model, num_frames=frames, height=height, width=width, num_steps=steps)
+    except RefusedError as error:
+        _refuse(error)
     out.print(lines, markup=False)
     if json:
         json.write_text(document, encoding="utf-8")

@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from scail.errors import CheckpointError
-from tasks.checkpoint import inspect_checkpoint
+from scail.errors import ScailError
+from tasks.checkpoint import CheckpointInfo, inspect_checkpoint
 from tasks.errors import RefusedError
 
+GB = 1000**3
 
-def prepare_checkpoint(source: Path, dest: Path, *, say: Callable[[str], None]) -> None:
+
+def prepare_checkpoint(source: Path, dest: Path, *, say: Callable[[str], None]) -> CheckpointInfo:
     """Convert, then look at the result as a run would.
+
+    Args:
+        source: The official folder, the `wan` layout, Wan2GP's or ComfyUI's files.
+        dest: The checkpoint folder; it must not exist or be empty.
+        say: Takes a line for each file that was written, and which source file was taken for what.
 
     Raises:
         RefusedError: If the source is incomplete, damaged or of another model; `dest` is then not there.
     """
     from scail.conversion import convert
 
+    def report(component: str, num_bytes: int, total_bytes: int) -> None:
+        say(f"{component}: {num_bytes / GB:.1f} of {total_bytes / GB:.1f} GB")
+
     try:
-        convert(source, dest, on_progress=say)
-    except CheckpointError as error:
+        conversion = convert(source, dest, on_progress=report)
+    except ScailError as error:
         raise RefusedError(str(error)) from error
-    model = inspect_checkpoint(str(dest))
-    say(f"{model.name}, fingerprint {model.fingerprint}")
+    for component, source_file in conversion.taken.items():
+        say(f"{component} ← {source_file}")
+    for path in conversion.unrecognised:
+        say(f"not used: {path}")
+    return inspect_checkpoint(str(dest))

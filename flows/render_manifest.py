@@ -6,11 +6,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
+from typing import Any, cast
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks import storage
@@ -30,7 +32,7 @@ NUM_WORKERS = 1  # this process; its one GPU renders one clip at a time
 @flow(
     name="render-manifest",
     flow_run_name="{manifest}",
-    task_runner=ThreadPoolTaskRunner(max_workers=NUM_WORKERS),
+    task_runner=cast(Any, ThreadPoolTaskRunner(max_workers=NUM_WORKERS)),  # Prefect types it by one future's class
     validate_parameters=True,
 )
 def render_manifest(

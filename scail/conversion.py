@@ -163,7 +163,8 @@ def convert(
         dest: A folder that does not exist or is empty.
         dtype: Of transformer, text and image encoder; the VAE is written in float32.
         heads: Numbers of heads of models that were never released, such as those of tests.
-        max_shard_bytes: Bound of a file of weights; from float32 files a conversion needs about 3.5 times as much memory.
+        max_shard_bytes: Bound of a file of weights. From float32 files a conversion needs about 3.5 times that much
+            memory: 3.0 GiB by default.
         on_progress: Called after every file with component, bytes written and bytes in all.
 
     Raises:
@@ -171,6 +172,7 @@ def convert(
         CheckpointError: If a network or the tokenizer is not found, is there twice, is incomplete, has unknown
             tensors, is quantised, damaged, or holds pickled code.
     """
+    dest = dest.absolute()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise InvalidInputError(f"{dest} is in use; expected a new or an empty folder.")
     matches, unrecognised = _find_networks(source)
@@ -231,11 +233,11 @@ def _find_networks(source: Path) -> tuple[dict[Component, _Match], tuple[Path, .
 
 def _plan_model(matches: Mapping[Component, _Match], heads: Heads) -> tuple[list[_Plan], ModelConfig]:
     plans = {component: _plan(match) for component, match in matches.items()}
-    shapes = {
-        component: {ours: recipe.shape(plan.shapes) for ours, recipe in plan.recipes.items()}
-        for component, plan in plans.items()
-    }
     try:
+        shapes = {
+            component: {ours: recipe.shape(plan.shapes) for ours, recipe in plan.recipes.items()}
+            for component, plan in plans.items()
+        }
         config = ModelConfig(
             name="SCAIL",
             transformer=_transformer_config(
@@ -247,6 +249,10 @@ def _plan_model(matches: Mapping[Component, _Match], heads: Heads) -> tuple[list
         )
     except KeyError as error:
         raise CheckpointError(f"a tensor is missing: {error.args[0]}.") from error
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"a tensor that the sizes are read from has too many or too few axes: {error}."
+        ) from error
     if replace(config, name=SCAIL_14B.name) == SCAIL_14B:
         config = SCAIL_14B
     networks: dict[Component, Callable[[], nn.Module]] = {

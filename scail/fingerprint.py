@@ -148,20 +148,62 @@ def record_hashes(checkpoint_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_folder(checkpoint_dir: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, one line a problem, without reading its weights."""
+    """What is wrong with a checkpoint folder, one line a problem, without reading its weights.
+
+    Every file's header is read, and the sizes in `config.json` are held against telling tensors. Each single tensor
+    is checked when the component is loaded.
+    """
     try:
-        read_model_config(checkpoint_dir)
+        config = read_model_config(checkpoint_dir)
     except CheckpointError as error:
         return [str(error)]
     problems = []
     for component in COMPONENTS:
         try:
-            component_headers(checkpoint_dir, component)
+            files = component_headers(checkpoint_dir, component)
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        found = {key: entry.shape for header in files.values() for key, entry in header.items()}
+        problems += [
+            f"{checkpoint_dir / component.folder}: {key} is {found.get(key, 'missing')}; by config.json it is {shape}."
+            for key, shape in _telling_shapes(config, component).items()
+            if found.get(key) != shape
+        ]
     if not (checkpoint_dir / TOKENIZER / "tokenizer.json").is_file():
         problems.append(f"{checkpoint_dir / TOKENIZER / 'tokenizer.json'} is missing.")
     return problems
+
+
+def _telling_shapes(config: ModelConfig, component: Component) -> dict[str, tuple[int, ...] | None]:
+    """Shapes that together tell a component's size; None for a block that must not be there."""
+    dit, vae, text, image = config.transformer, config.vae, config.text_encoder, config.image_encoder
+    patch = (1, dit.patch_size, dit.patch_size)
+    num_blocks = image.num_layers - 1  # the last one is not used
+    shapes: dict[Component, dict[str, tuple[int, ...] | None]] = {
+        TRANSFORMER: {
+            "patch_embedding.weight": (dit.hidden_size, dit.latent_channels + dit.mask_channels, *patch),
+            "text_embedding.0.weight": (dit.hidden_size, dit.text_size),
+            "image_embedding.3.weight": (dit.hidden_size, dit.image_size),
+            f"blocks.{dit.num_layers - 1}.ffn.0.weight": (dit.ffn_size, dit.hidden_size),
+            f"blocks.{dit.num_layers}.ffn.0.weight": None,
+        },
+        VAE: {
+            "decoder.norm_out.gamma": (vae.base_size, 1, 1, 1),
+            "quant_conv.weight": (2 * vae.latent_channels, 2 * vae.latent_channels, 1, 1, 1),
+        },
+        TEXT_ENCODER: {
+            "encoder.embed_tokens.weight": (text.vocab_size, text.hidden_size),
+            f"encoder.block.{text.num_layers - 1}.layer.1.DenseReluDense.wo.weight": (text.hidden_size, text.ffn_size),
+            f"encoder.block.{text.num_layers}.layer.1.DenseReluDense.wo.weight": None,
+        },
+        IMAGE_ENCODER: {
+            "embeddings.patch_embedding.weight": (image.hidden_size, 3, image.patch_size, image.patch_size),
+            f"encoder.layers.{num_blocks - 1}.mlp.fc1.weight": (image.ffn_size, image.hidden_size),
+            f"encoder.layers.{num_blocks}.mlp.fc1.weight": None,
+        },
+    }
+    return shapes[component]
 
 
 def component_headers(checkpoint_dir: Path, component: Component) -> dict[Path, dict[str, TensorHeader]]:

@@ -13,6 +13,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
+from scail.errors import CheckpointError
 from scail.fingerprint import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE, Component
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -93,9 +94,16 @@ class Recipe:
     squeezed: bool = False
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        shape = shapes[self.sources[0]]
-        if len(self.sources) > 1:
-            shape = (sum(shapes[source][0] for source in self.sources), *shape[1:])
+        """Shape of the result.
+
+        Raises:
+            CheckpointError: If tensors that are to be joined differ in shape.
+        """
+        shape, *others = (shapes[source] for source in self.sources)
+        if any(other != shape for other in others):
+            raise CheckpointError(f"{', '.join(self.sources)} should be of one shape: {[shape, *others]}.")
+        if others:
+            shape = (len(self.sources) * shape[0], *shape[1:])
         if self.part[1] > 1:
             shape = (shape[0] // self.part[1], *shape[1:])
         return _without_leading_ones(shape) if self.squeezed else shape
@@ -191,7 +199,7 @@ SAT_TRANSFORMER = Layout(
     TRANSFORMER,
     signature="mixins.patch_embed.proj.weight",
     recipes=Table(_TRANSFORMER_TABLE, "SAT").recipes,
-    prefixes=("model.diffusion_model.",),
+    prefixes=("", "model.diffusion_model."),
 )
 WAN_TRANSFORMER = Layout(
     "Wan",
@@ -220,14 +228,14 @@ TRANSFORMERS_TEXT_ENCODER = Layout(
 WAN_IMAGE_ENCODER = Layout(
     "Wan",
     IMAGE_ENCODER,
-    signature="visual.transformer.0.attn.to_qkv.weight",
+    signature="visual.post_norm.weight",
     recipes=Table(_IMAGE_ENCODER_TABLE, "Wan").recipes,
     unused=("visual.post_norm.", "visual.head", "log_scale", "textual."),
 )
 TRANSFORMERS_IMAGE_ENCODER = Layout(
     "transformers",
     IMAGE_ENCODER,
-    signature="embeddings.patch_embedding.weight",
+    signature="post_layernorm.weight",  # only of a whole tower, so that a last block is never left out twice
     recipes=_same_names,
     prefixes=("vision_model.", ""),
     unused=("post_layernorm.", "embeddings.position_ids", "visual_projection."),

@@ -23,7 +23,7 @@ from scail.config import MAX_FRAMES, QUALITY, SamplingParams
 from scail.errors import InvalidInputError, OutOfMemoryError
 from scail.geometry import check_size, target_size
 from scail.models.image_encoder import ImageEncoder
-from scail.models.text_encoder import PromptTokenizer, TextEncoder
+from scail.models.text_encoder import TextEncoder
 from scail.models.transformer import PreparedConditioning, ScailTransformer
 from scail.models.vae import VideoVae
 from scail.sampling import denoise, flow_sigmas, guide
@@ -44,7 +44,7 @@ class ScailPipeline:
     vae: VideoVae
     text_encoder: TextEncoder
     image_encoder: ImageEncoder
-    tokenizer: PromptTokenizer
+    tokenizer: Callable[[str], tuple[Tensor, Tensor]]  # token ids and mask, each (1, 512)
     device: torch.device
     dtype: torch.dtype
 

@@ -52,7 +52,7 @@ def pose_pixels(frames: NDArray[np.uint8], height: int, width: int) -> Tensor:
 def crop_pose(frames: NDArray[np.uint8], height: int, width: int) -> Tensor:
     """uint8 (F, 3, height, width): resized as uint8, so rounded and clamped before the crop."""
     pixels = torch.tensor(frames).permute(0, 3, 1, 2)
-    if pixels.shape[-2:] != cover_size(*frames.shape[1:3], height, width):
+    if pixels.shape[-2:] != cover_size(frames.shape[1], frames.shape[2], height, width):
         pixels = _cover(pixels.float(), height, width).clamp(0, 255).round().to(torch.uint8)
     return _centre_crop(pixels, height, width)
 
@@ -70,7 +70,7 @@ def to_frames(pixels: Tensor) -> NDArray[np.uint8]:
 
 
 def _cover(pixels: Tensor, height: int, width: int) -> Tensor:
-    size = cover_size(*pixels.shape[-2:], height, width)
+    size = cover_size(pixels.shape[-2], pixels.shape[-1], height, width)
     if pixels.shape[-2:] == size:
         return pixels
     return F.interpolate(pixels, size=size, mode="bicubic", antialias=True)

@@ -5,6 +5,7 @@ the code that a pickle may hold.
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -89,10 +90,10 @@ def _mapped_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[-1] if "Unsupported" not in str(error) else str(error)
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path} holds pickled objects other than tensors, which could run code; it is refused. "
-            f"If it is not part of the model, move it out of the folder. ({reason})"
+            f"{path} holds pickled objects other than tensors{f' ({refused[1]})' if refused else ''}, which could run "
+            "code; it is refused. If it is not part of the model, move it out of the folder."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -107,7 +108,9 @@ def _mapped_tensors(path: Path) -> dict[str, Tensor]:
 def source_files(source: Path) -> Iterator[SourceFile]:
     """Every weight file in a folder; a set of shards counts as one, hidden folders are download caches."""
     paths = sorted(
-        path for path in source.rglob("*") if not any(part.startswith(".") for part in path.relative_to(source).parts)
+        path
+        for path in source.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(source).parts)
     )
     in_shards: set[Path] = set()
     for path in paths:

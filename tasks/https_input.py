@@ -14,14 +14,13 @@ import http.client
 import io
 import ipaddress
 import logging
-import random
 import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
@@ -46,6 +45,7 @@ Result = TypeVar("Result")
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _MAX_REDIRECTS = 5
+_MAX_ADDRESSES = 8  # of one host; each may cost a time-out
 _MAX_RETRY_AFTER_SECONDS = 30.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -112,7 +112,7 @@ class HttpsInput:
                     raise
                 failure = error
             logger.warning("Attempt %s of %s failed: %s", attempt, self._policy.max_attempts, failure)
-            time.sleep(max(getattr(failure, "retry_after", 0.0), random.uniform(0.5, 1.0) * 2.0**attempt / 4))
+            time.sleep(max(getattr(failure, "retry_after", 0.0), self._policy.pause_seconds(attempt)))
         raise AssertionError("the last attempt returns or raises")
 
     def _size(self, uri: str) -> int | None:
@@ -127,6 +127,8 @@ class HttpsInput:
         started, num_received, md5 = time.monotonic(), 0, hashlib.md5(usedforsecurity=False)
         with self._get(uri) as response:
             declared, expected_md5 = response.length, _declared_md5(response)
+            if declared is None and not response.chunked:  # then an answer cut short, even in its headers, looks whole
+                raise DamagedError(f"{redact(uri)}: the answer does not say where it ends")
             refuse_if_larger(uri, declared or 0, max_bytes)
             while block := response.read1(2**16):  # read() would wait for all of it, however slowly it comes
                 num_received += len(block)
@@ -179,10 +181,6 @@ class HttpsInput:
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"Accept-Encoding": "identity", "User-Agent": "scail-batch-renders"}
-        connection.connect()
-        # A socket's own time limit starts anew with every byte: this one is for the whole answer up to its body.
-        watchdog = threading.Timer(self._policy.request_timeout_seconds, connection.hang_up)
-        watchdog.start()
         try:
             connection.request(
                 "GET",
@@ -191,35 +189,42 @@ class HttpsInput:
             )
             return connection.getresponse()
         finally:
-            watchdog.cancel()
+            connection.watchdog.cancel()
 
 
 class _CheckedConnection(http.client.HTTPConnection):
-    """A connection to one of the given addresses, under the host's own name."""
+    """A connection to one of the given addresses, under the host's own name.
+
+    A socket's time limit starts anew with every byte. The watchdog's is for everything from the handshake to the
+    end of the headers, after which its owner cancels it.
+    """
 
     def __init__(self, parts: SplitResult, port: int, addresses: list[str], timeout: float) -> None:
         super().__init__(parts.hostname or "", port, timeout=timeout)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.default_port = 443 if self._tls else 80  # else `Host` would carry a port that the signature does not
         self._addresses = addresses
+        self.watchdog = threading.Timer(timeout, self._hang_up)
+        self.watchdog.daemon = True
 
     def connect(self) -> None:
         self.sock = self._first_that_answers()
         if self._tls:
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self.watchdog.start()
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.do_handshake()
 
-    def hang_up(self) -> None:
-        """End the connection from another thread."""
-        if self.sock:
+    def _hang_up(self) -> None:
+        with suppress(OSError):  # it ended by itself meanwhile
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def _first_that_answers(self) -> socket.socket:
-        for address in self._addresses[:-1]:
-            try:
+        *others, last = self._addresses
+        for address in others:
+            with suppress(OSError):
                 return socket.create_connection((address, self.port), self.timeout)
-            except OSError:
-                continue
-        return socket.create_connection((self._addresses[-1], self.port), self.timeout)
+        return socket.create_connection((last, self.port), self.timeout)
 
 
 class _BusyError(StorageError):
@@ -232,7 +237,7 @@ class _BusyError(StorageError):
 
 def _addresses(host: str, port: int) -> list[str]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))[:_MAX_ADDRESSES]
 
 
 def _refuse_inner_addresses(host: str, addresses: list[str]) -> None:

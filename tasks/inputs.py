@@ -160,7 +160,7 @@ def _naming(request: ClipRequest, column: Column) -> Iterator[None]:
     try:
         yield
     except InvalidInputError as error:
-        raise InvalidInputError(f"row {request.row}, {column}: {error}") from error
+        raise InvalidInputError(f"line {request.row}, column {column}: {error}") from error
 
 
 def _check_frames(info: VideoInfo, max_frames: int | None) -> None:

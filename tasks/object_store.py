@@ -12,7 +12,6 @@ import hashlib
 import io
 import logging
 import os
-import random
 import re
 import threading
 import time
@@ -168,7 +167,7 @@ class ObjectStore:
                 if not again or attempt == self._policy.max_attempts:
                     raise failure from (None if ours else error)
                 logger.warning("Attempt %s of %s failed: %s", attempt, self._policy.max_attempts, failure)
-            time.sleep(random.uniform(0.5, 1.0) * 2.0**attempt / 4)
+            time.sleep(self._policy.pause_seconds(attempt))
             attempt += 1
 
     def _copy_checked(self, uri: str, stat: _Stat, target: BinaryIO | None) -> str:

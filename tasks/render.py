@@ -17,6 +17,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
+from scail.ffmpeg_process import ffmpeg_version, find_ffmpeg
 from tasks import errors, storage
 from tasks.inputs import ClipInputs, decode_inputs, fetch_inputs
 from tasks.jobs import ClipJob, ClipMetrics, ClipResult, ClipStatus, DoneRecord
@@ -197,8 +198,9 @@ def publish_clip(job: ClipJob, clip_dir: Path, output_uri: str, settings: Settin
 
 def software_versions() -> dict[str, str]:
     """Versions of everything that can change a pixel or a time."""
-    packages = ("scail-batch-renders", "torch", "diffusers", "transformers", "prefect", "decord", "imageio-ffmpeg")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("scail-batch-renders", "torch", "diffusers", "transformers", "prefect", "decord")
+    own = {"python": platform.python_version(), "ffmpeg": ffmpeg_version(find_ffmpeg(Settings().ffmpeg))}
+    return own | {name: version(name) for name in packages}
 
 
 def _json(model: BaseModel) -> bytes:

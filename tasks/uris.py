@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,19 +78,24 @@ class StoragePolicy:
     request_timeout_seconds: float = 60.0  # one request; of an https input, one wait for bytes
     call_timeout_seconds: float = 300.0  # one call of a library with all its own retries
     min_bytes_per_second: int = 256 * 2**10  # what a large file adds to the time limit
-    max_attempts: int = 3
+    max_attempts: int = 5  # of what the libraries do not repeat themselves
+    first_pause_seconds: float = 0.5  # doubled after each attempt
 
     def time_limit(self, num_bytes: int) -> float:
         """Seconds after which moving so many bytes is given up."""
         return self.call_timeout_seconds + num_bytes / self.min_bytes_per_second
+
+    def pause_seconds(self, attempt: int) -> float:
+        """How long to wait after the attempt of this number, so that many clients do not come back together."""
+        return random.uniform(0.5, 1.0) * self.first_pause_seconds * 2.0 ** (attempt - 1)
 
 
 DEFAULT_POLICY = StoragePolicy()
 
 
 def redact(uri: str) -> str:
-    """The URI as it may be shown: without user, query and fragment where those can be secrets."""
-    if scheme_of(uri) not in {"http", "https"}:
+    """The URI as it may be shown: without user, query and fragment, unless they are part of an object's name."""
+    if "://" not in uri or scheme_of(uri) in {"gs", "s3", "memory"}:
         return uri
     parts = urlsplit(uri)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -11,7 +11,9 @@ Source: zai-org/SCAIL, the DiT and its mixins; sizes and names of the weights in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,7 @@ class ScailTransformer(nn.Module):
             pose_tokens=_patchify(self.pose_patch_embedding, pose, mask=1.0),
             rotary=rotary.to(reference.device, reference.dtype),
             text=self._text_key_values(conditioning.context),
-            image=tuple(block.cross_attn.image_key_value(image) for block in self.blocks),
+            image=tuple(cross_attn.image_key_value(image) for cross_attn in self._cross_attentions()),
         )
 
     def with_context(self, prepared: PreparedConditioning, context: Tensor) -> PreparedConditioning:
@@ -131,7 +133,10 @@ class ScailTransformer(nn.Module):
 
     def _text_key_values(self, context: Tensor) -> tuple[KeyValue, ...]:
         text = self.text_embedding(context)
-        return tuple(block.cross_attn.text_key_value(text) for block in self.blocks)
+        return tuple(cross_attn.text_key_value(text) for cross_attn in self._cross_attentions())
+
+    def _cross_attentions(self) -> Iterator[CrossAttention]:
+        return (cast(TransformerBlock, block).cross_attn for block in self.blocks)
 
 
 class TransformerBlock(nn.Module):

@@ -45,9 +45,9 @@ FACE_DOT = (255, 255, 255)
 
 
 class Painted(NamedTuple):
-    """M painted pixels of n frames, each at most once: flat index into (n, H, W) and colour (M, 3)."""
+    """M painted pixels of n frames, each at most once: flat position in (n, H, W) and colour (M, 3)."""
 
-    index: Ints
+    pixel: Ints
     colour: Bytes
 
 
@@ -61,22 +61,21 @@ class _Stroke(NamedTuple):
 
 
 def draw_overlay(keypoints: Keypoints2D, *, height: int, width: int) -> Painted:
-    """Everything that the key points add to the picture, as (index, colour)."""
-    num_frames, num_persons = keypoints.candidate.shape[:2]
+    """Everything that the key points add to the picture."""
+    num_persons = keypoints.candidate.shape[1]
     layers = [_draw_person(keypoints, person, height, width) for person in range(num_persons)]
     if num_persons == 1:
         return layers[0]
-    index = np.concatenate([layer.index for layer in layers])
-    index, position = np.unique(index, return_inverse=True)
-    colour = np.zeros((len(index), 3), np.uint8)
+    pixel, position = np.unique(np.concatenate([layer.pixel for layer in layers]), return_inverse=True)
+    colour = np.zeros((len(pixel), 3), np.uint8)
     np.add.at(colour, position, np.concatenate([layer.colour for layer in layers]))  # wraps, as the official sum does
-    return Painted(index, colour)
+    return Painted(pixel, colour)
 
 
 def lay_over(frames: Bytes, painted: Painted) -> None:
     """Write `painted` over contiguous frames (n, H, W, 3), channel by channel where it is not zero."""
     pixels = frames.reshape(-1, frames.shape[-1])
-    pixels[painted.index] = np.where(painted.colour != 0, painted.colour, pixels[painted.index])
+    pixels[painted.pixel] = np.where(painted.colour != 0, painted.colour, pixels[painted.pixel])
 
 
 def _draw_person(keypoints: Keypoints2D, person: int, height: int, width: int) -> Painted:
@@ -87,9 +86,9 @@ def _draw_person(keypoints: Keypoints2D, person: int, height: int, width: int) -
         _face(keypoints.faces[:, person], height, width),
     ]
     frame, x, y, colour = (np.concatenate(parts) for parts in zip(*strokes, strict=True))
-    index = (frame * height + y) * width + x
-    last, position = np.unique(index[::-1], return_index=True)  # later strokes cover earlier ones
-    return Painted(last, colour[::-1][position])
+    pixel = (frame * height + y) * width + x
+    pixel, position = np.unique(pixel[::-1], return_index=True)  # later strokes cover earlier ones
+    return Painted(pixel, colour[::-1][position])
 
 
 def _head(candidate: NDArray[np.float64], subset: NDArray[np.float64], height: int, width: int) -> Iterator[_Stroke]:
@@ -112,7 +111,7 @@ def _head(candidate: NDArray[np.float64], subset: NDArray[np.float64], height: i
 def _hand(points: NDArray[np.float64], height: int, width: int) -> Iterator[_Stroke]:
     pixels = _truncate(points * (width, height))  # (n, 21, 2)
     thickness = _thickness(height, width)
-    seen = (pixels >= 1).all(axis=-1)
+    seen = np.all(pixels >= 1, axis=-1)
     frame, edge = np.nonzero(seen[:, HAND_EDGES].all(axis=-1))
     start, end = pixels[frame, HAND_EDGES[edge, 0]], pixels[frame, HAND_EDGES[edge, 1]]
     lines = raster.draw_lines(start, end, thickness, height=height, width=width)
@@ -122,7 +121,7 @@ def _hand(points: NDArray[np.float64], height: int, width: int) -> Iterator[_Str
 
 def _face(points: NDArray[np.float64], height: int, width: int) -> _Stroke:
     pixels = _truncate(points[:, FACE_POINTS] * (width, height))
-    seen = (pixels >= 1).all(axis=-1)
+    seen = np.all(pixels >= 1, axis=-1)
     return _dots(pixels, seen, _thickness(height, width), FACE_DOT, height, width)
 
 

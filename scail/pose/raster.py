@@ -44,9 +44,7 @@ def ranges(lengths: Ints) -> tuple[Ints, Ints]:
 def draw_lines(start: Ints, end: Ints, thickness: int, *, height: int, width: int) -> Pixels:
     """Lines between integer points (N, 2), of thickness 1 or 2."""
     margin = 0 if thickness == 1 else thickness
-    kept, start, end = _clip_lines(
-        start + margin, end + margin, height=height + 2 * margin, width=width + 2 * margin
-    )
+    kept, start, end = _clip_lines(start + margin, end + margin, height=height + 2 * margin, width=width + 2 * margin)
     draw = _thin_lines if thickness == 1 else partial(_thick_lines, height=height, width=width)
     line, x, y = draw(start - margin, end - margin)
     return Pixels(kept[line], x, y).inside(height, width)
@@ -102,8 +100,8 @@ def _thick_lines(start: Ints, end: Ints, *, height: int, width: int) -> Pixels:
     """Lines of thickness 2: a rectangle that reaches one pixel to either side, and a disc of radius 1 at each end."""
     delta = end - start
     length = np.hypot(delta[:, 0], delta[:, 1])
-    side = np.stack([-delta[:, 1], delta[:, 0]], axis=1) * (_ONE / np.where(length == 0, 1.0, length))[:, None]
-    side = np.rint(side).astype(np.int64)
+    normal = np.stack([-delta[:, 1], delta[:, 0]], axis=1) / np.where(length == 0, 1.0, length)[:, None]
+    side: Ints = np.rint(normal * _ONE).astype(np.int64)
     start, end = start * _ONE, end * _ONE
     corners = np.stack([start - side, start + side, end + side, end - side], axis=1)
     rectangle = _fill_convex(corners, _fixed_point_outline(corners, height=height, width=width))

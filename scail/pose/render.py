@@ -6,6 +6,10 @@ and not that of the picture. All persons and frames of a chunk are one flat list
 of (capsule, pixel) candidates; the nearest candidate of a pixel is an integer minimum, exact in any order. Geometry is
 float64: in float32 cancellation loses pixels of the silhouette.
 
+Three things the march does by being a march are kept, since they are seen: how close counts as a hit, which rays it
+gives up on, and how float32 tilts its normals. With them silhouettes equal the official ones but for one pixel in
+50,000, and colours differ by 0.1 of 255 on average.
+
 Rays run through integer pixel coordinates, without half a pixel, and colours are truncated to bytes, as the official
 code does. Source: zai-org/SCAIL-Pose, the taichi renderer of NLFPoseExtract.
 """
@@ -30,20 +34,23 @@ Palette = Literal["single", "multi"]
 ZRange = tuple[float, float]
 
 RADIUS = 21.5  # millimetres, every bone
-HIT_RADIUS = RADIUS + 1e-3  # a march that comes this close has hit: a ray may pass a bone by a micrometre
+HIT_DISTANCE, MAX_STEPS = 1e-3, 300  # of the official march: a ray may pass a bone by a micrometre and hit it
+HIT_RADIUS = RADIUS + HIT_DISTANCE
+MAX_GRAZE = 10.0  # mm² between the squares of a ray's clearance and the radius, beyond which no march takes 300 steps
 ALPHA = 0.8
 MIN_RAY, MIN_RAY_LIMIT, MAX_RAY_LIMIT = 0.1, 10_000.0, 25_000.0
 NEAR_PLANE, FAR_MARGIN, MAX_FAR = 0.1, 6_000.0, 20_000.0
 NORMAL_STEP = 1e-3  # of the official central differences
 
 # A candidate's key is its depth with the capsule's index in the low bits: the minimum over a pixel is the nearest
-# surface and, among equal ones, the earlier bone. What is left of the depth is exact to half a micrometre at 2 m.
+# surface and, among equal ones, the earlier bone. What is left of the depth is exact to half a nanometre per metre.
 _CAPSULE_BITS = 20
 _CAPSULE_MASK = (1 << _CAPSULE_BITS) - 1
-_NOTHING = torch.iinfo(torch.int64).max
+_LOST = _CAPSULE_MASK  # in place of an index: the ray ends here and the pixel stays black
+_NOTHING = int(np.array(np.inf).view(np.int64))  # an infinite depth
 
 # Candidates worked on at once: on a CPU what its cache holds, elsewhere what keeps memory bounded.
-_CPU_CANDIDATES, _GPU_CANDIDATES = 1 << 15, 1 << 23
+_CPU_CANDIDATES, _GPU_CANDIDATES = 1 << 15, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,9 @@ class Spans(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """M lit pixels of n frames, each once: flat index into (n, H, W) and colour (M, 4), RGBA."""
+    """M lit pixels of n frames, each once: flat position in (n, H, W) and colour (M, 4), RGBA."""
 
-    index: NDArray[np.int64]
+    pixel: NDArray[np.int64]
     colour: NDArray[np.uint8]
 
 
@@ -110,7 +117,7 @@ def render_pose(
     palette: Palette = "single",
     z_range: ZRange | None = None,
     device: str | torch.device = "cpu",
-    frames_per_chunk: int = 16,
+    frames_per_chunk: int = 8,
 ) -> NDArray[np.uint8]:
     """The pose video of a clip: bones in space, with head, hands and face over them where they are known.
 
@@ -144,7 +151,7 @@ def render_chunks(
     palette: Palette = "single",
     z_range: ZRange | None = None,
     device: str | torch.device = "cpu",
-    frames_per_chunk: int = 16,
+    frames_per_chunk: int = 8,
 ) -> Iterator[NDArray[np.uint8]]:
     """The frames of `render_pose`, up to `frames_per_chunk` at a time, for clips that need not be held whole."""
     view = View.of(sequence, size)
@@ -152,11 +159,9 @@ def render_chunks(
     start = 0
     for hits, num_frames in _cast_clip(sequence, view, palette, z_range, torch.device(device), frames_per_chunk):
         frames = np.zeros((num_frames, view.height, view.width, 3), np.uint8)
-        frames.reshape(-1, 3)[hits.index] = hits.colour[:, :3]
+        frames.reshape(-1, 3)[hits.pixel] = hits.colour[:, :3]
         if keypoints is not None:
-            painted = draw_overlay(
-                keypoints.frames(start, start + num_frames), height=view.height, width=view.width
-            )
+            painted = draw_overlay(keypoints.frames(start, start + num_frames), height=view.height, width=view.width)
             lay_over(frames, painted)
         yield frames
         start += num_frames
@@ -168,14 +173,14 @@ def render_bones(
     palette: Palette = "single",
     z_range: ZRange | None = None,
     device: str | torch.device = "cpu",
-    frames_per_chunk: int = 16,
+    frames_per_chunk: int = 8,
 ) -> NDArray[np.uint8]:
     """The bones alone, uint8 (T, H, W, 4), RGBA; alpha is 204 on a bone and colours are not multiplied by it."""
     view = View.of(sequence, None)
     frames = np.zeros((sequence.num_frames, view.height, view.width, 4), np.uint8)
     start = 0
     for hits, num_frames in _cast_clip(sequence, view, palette, z_range, torch.device(device), frames_per_chunk):
-        frames[start : start + num_frames].reshape(-1, 4)[hits.index] = hits.colour
+        frames[start : start + num_frames].reshape(-1, 4)[hits.pixel] = hits.colour
         start += num_frames
     return frames
 
@@ -193,6 +198,12 @@ def _cast_clip(
         raise InvalidInputError(f"pose palette is {palette!r}; expected one of {', '.join(PALETTES)}.")
     if frames_per_chunk < 1:
         raise InvalidInputError(f"frames_per_chunk is {frames_per_chunk}; it must be positive.")
+    frames_per_chunk = min(frames_per_chunk, sequence.num_frames)
+    if frames_per_chunk * sequence.num_persons * len(BONE_JOINTS) > _LOST:
+        raise InvalidInputError(
+            f"frames_per_chunk is {frames_per_chunk} for {sequence.num_persons} persons; "
+            f"a chunk holds at most {_LOST} bones."
+        )
     z_range = z_range or clip_z_range(sequence) or (0.0, 0.0)  # without a bone nothing is shaded
     ray_limit = max(min(z_range[1], MAX_RAY_LIMIT), MIN_RAY_LIMIT)
     for start in range(0, sequence.num_frames, frames_per_chunk):
@@ -203,9 +214,7 @@ def _cast_clip(
         yield _shade(keys, capsules, view, z_range), stop - start
 
 
-def _capsules(
-    sequence: PoseSequence, part: slice, palette: NDArray[np.float64], device: torch.device
-) -> Capsules:
+def _capsules(sequence: PoseSequence, part: slice, palette: NDArray[np.float64], device: torch.device) -> Capsules:
     frame, person, bone = np.nonzero(sequence.bone_mask[part])
     ends = sequence.joints[part].astype(np.float64)[frame, person, BONE_JOINTS[bone].T]  # (2, N, 3)
     vector = ends[1] - ends[0]
@@ -279,14 +288,15 @@ def _nearest(capsules: Capsules, spans: Spans, view: View, num_frames: int, ray_
         span, column = _ranges(spans.length[part])
         column = column + spans.column[part][span]
         u = (column.double() - view.centre_x) / view.focal_x
-        depth = _ray_depth(u, coefficients[:, part].index_select(1, span), ray_limit)
-        key = (depth.view(torch.int64) & ~_CAPSULE_MASK) | spans.capsule[part][span]
+        depth, lost = _ray_depth(u, coefficients[:, part].index_select(1, span), ray_limit)
+        capsule = torch.where(lost, _LOST, spans.capsule[part][span])
+        key = (depth.view(torch.int64) & ~_CAPSULE_MASK) | capsule
         keys.scatter_reduce_(0, first_pixel[part][span] + column, key, "amin")
     return keys
 
 
-def _ray_depth(u: Tensor, coefficients: Tensor, ray_limit: float) -> Tensor:
-    """Depth z at which the ray d = (u, v, 1) enters its capsule, infinite where it does not.
+def _ray_depth(u: Tensor, coefficients: Tensor, ray_limit: float) -> tuple[Tensor, Tensor]:
+    """Depth z at which the ray d = (u, v, 1) enters its capsule, infinite where it does not; and whether it is lost.
 
     Rows of `coefficients` are what v leaves constant along a row of pixels: d·d = u² + [0]; axis·d = [1] u + [2];
     start·d = [3] u + [4]; axis·start; start·start; length.
@@ -312,15 +322,41 @@ def _ray_depth(u: Tensor, coefficients: Tensor, ray_limit: float) -> Tensor:
     sphere_depth = (centre_ray - sphere_discriminant.clamp(min=0).sqrt()) / square
 
     depth = torch.where(on_side, depth, sphere_depth)
+    inside = torch.where(on_side, discriminant / across, sphere_discriminant / square)  # HIT_RADIUS² - clearance²
+    lost = _is_lost(inside, torch.where(on_side, across / square, 1.0))
     distance = depth * square.sqrt()  # along the ray: the official limit is not one of depth
-    hit = (discriminant >= 0) & (on_side | (sphere_discriminant >= 0)) & (distance > MIN_RAY) & (distance < ray_limit)
-    return torch.where(hit, depth, torch.inf)
+    hit = ((inside >= 0) & (discriminant >= 0) | lost) & (distance > MIN_RAY) & (distance < ray_limit)
+    return torch.where(hit, depth, torch.inf), lost
+
+
+def _is_lost(inside: Tensor, sine_square: Tensor) -> Tensor:
+    """Whether the official march spends its 300 steps beside the bone, and the pixel stays black.
+
+    A step is as long as the distance to the bone, which at t from the closest point is c + t² / 2R: c is the clearance,
+    R = radius / sine² of the angle between ray and bone. The steps are the integral of dt / (c + t² / 2R), from afar
+    until the distance is 1e-3 mm, or to the far side when it never is.
+
+    Args:
+        inside: Square of the hit radius less that of the ray's closest approach to the bone.
+        sine_square: Of the angle between ray and bone.
+    """
+    grazing = (inside.abs() < MAX_GRAZE).nonzero().squeeze(1)
+    clearance = 1.0 - inside[grazing] / (2.0 * RADIUS * HIT_DISTANCE)  # in units of the hit distance
+    root = clearance.abs().sqrt().clamp(min=1e-9)
+    to_hit = torch.where(clearance > 0, root.clamp(max=1).asin(), root.asinh()) / root
+    to_pass = torch.pi / root
+    num_steps = (
+        torch.where(clearance > 1, to_pass, to_hit) * (2.0 * RADIUS / (HIT_DISTANCE * sine_square[grazing])).sqrt()
+    )
+    lost = torch.zeros_like(inside, dtype=torch.bool)
+    lost[grazing] = num_steps > MAX_STEPS
+    return lost
 
 
 def _shade(keys: Tensor, capsules: Capsules, view: View, z_range: ZRange) -> Hits:
-    """Colours of the pixels that have a key of finite depth."""
-    infinite = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
-    index = (keys < infinite).nonzero().squeeze(1)
+    """Colours of the pixels that a capsule is seen in."""
+    index = (keys < _NOTHING).nonzero().squeeze(1)
+    index = index[(keys[index] & _CAPSULE_MASK) != _LOST]
     key = keys[index]
     capsule = key & _CAPSULE_MASK
     depth = (key & ~_CAPSULE_MASK).view(torch.float64)

@@ -91,6 +91,9 @@ class Keypoints2D:
         _check_shape("subset", self.subset, (*clip, NUM_BODY_POINTS))
         _check_shape("hands", self.hands, (*clip, 2, NUM_HAND_POINTS, 2))
         _check_shape("faces", self.faces, (*clip, NUM_FACE_POINTS, 2))
+        for name, values in vars(self).items():
+            if not np.isfinite(values).all():
+                raise InvalidInputError(f"{name} is not finite everywhere; a point that was not seen is -1.")
 
     def frames(self, start: int, stop: int) -> Keypoints2D:
         part = slice(start, stop)
@@ -121,9 +124,10 @@ class PoseSequence:
     keypoints: Keypoints2D | None = None
 
     def __post_init__(self) -> None:
-        if self.joints.ndim != 4:
-            raise InvalidInputError(f"joints have shape {self.joints.shape}; expected (T, P, {NUM_JOINTS}, 3).")
-        _check_shape("joints", self.joints, (*self.joints.shape[:2], NUM_JOINTS, 3))
+        if self.joints.ndim != 4 or self.joints.shape[2:] != (NUM_JOINTS, 3) or 0 in self.joints.shape:
+            raise InvalidInputError(
+                f"joints have shape {self.joints.shape}; expected (T, P, {NUM_JOINTS}, 3) with T and P positive."
+            )
         if not np.isfinite(self.joints).all():
             frame = int(np.argwhere(~np.isfinite(self.joints))[0, 0])
             raise InvalidInputError(f"joints of frame {frame} are not finite; a missing joint is exact zeros.")
@@ -162,7 +166,7 @@ class PoseSequence:
     @property
     def bone_mask(self) -> NDArray[np.bool_]:
         """(T, P, 13), True where both ends of a bone are known."""
-        return self.joint_mask[:, :, BONE_JOINTS].all(axis=-1)
+        return np.all(self.joint_mask[:, :, BONE_JOINTS], axis=-1)
 
 
 def slots_from_joints(joints: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -117,6 +117,30 @@ def test_every_layout_comes_to_the_same_tensors(write, converted, tmp_path, dest
     assert read_model_config(dest) == read_model_config(converted)
 
 
+def test_networks_in_the_libraries_names_are_read_as_well(converted, source, dest):
+    (source / "Wan2.1_VAE.pth").unlink()
+    (source / "umt5-xxl/models_t5_umt5-xxl-enc-bf16.pth").unlink()
+    text_encoder = load_file(converted / "text_encoder/model.safetensors")
+    text_encoder["shared.weight"] = text_encoder["encoder.embed_tokens.weight"].clone()
+    save_file(text_encoder, source / "umt5.safetensors")
+    (source / "vae.safetensors").write_bytes((converted / "vae/diffusion_pytorch_model.safetensors").read_bytes())
+
+    report = convert(source, dest, heads=layouts.HEADS)
+
+    expected, found = weights_of(converted), weights_of(dest)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert report.left_out["text_encoder"] == ("shared.weight",)
+
+
+def test_an_image_encoder_that_lost_its_last_block_is_not_taken_for_a_whole_one(converted, source, dest):
+    next(source.glob("models_clip*")).unlink()
+    (source / "clip.safetensors").write_bytes((converted / "image_encoder/model.safetensors").read_bytes())
+
+    with pytest.raises(CheckpointError, match=r"no image_encoder.*clip\.safetensors"):
+        convert(source, dest, heads=layouts.HEADS)
+
+
 def test_the_official_transformer_arrives_unchanged(converted):
     transformer = load_transformer(converted, device="cpu", dtype=torch.bfloat16)
 
@@ -246,6 +270,22 @@ def test_a_key_missing_in_another_network_is_refused_too(file, key, tmp_path, de
     save_file(state, tmp_path / "source" / file)
 
     with pytest.raises(CheckpointError, match="missing"):
+        convert(tmp_path / "source", dest, heads=layouts.HEADS)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("blocks.1.self_attn.k.bias", [63], "should be of one shape"),
+        ("patch_embedding.weight", [64, 20], "too many or too few axes"),
+    ],
+)
+def test_tensors_that_cannot_be_joined_or_measured_are_refused(key, shape, message, tmp_path, dest):
+    layouts.write_wan2gp(tmp_path / "source")
+    path = tmp_path / "source/wan2.1_scail_preview_14B_bf16.safetensors"
+    save_file(load_file(path) | {key: torch.zeros(shape)}, path)
+
+    with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "source", dest, heads=layouts.HEADS)
 
 

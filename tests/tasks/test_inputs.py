@@ -95,7 +95,7 @@ def test_every_hostile_file_has_its_expected_outcome(cases, outcomes):
         f"{case.name}: {found[case.name]!r}, expected {case.shape or case.message!r}"
         for case in cases
         if found[case.name] != case.shape
-        and not (case.message and re.search(rf"^row 7, {case.column}: .*({case.message})", str(found[case.name])))
+        and not (case.message and re.search(rf"^line 7, column {case.column}: .*({case.message})", str(found[case.name])))
     ]
 
     assert len(cases) >= 100
@@ -150,7 +150,7 @@ def test_a_landscape_pose_for_a_portrait_reference_says_which_orientation_is_exp
         decode(reference, pose, tmp_path / "scratch")
 
     assert str(error.value) == (
-        "row 7, pose: the picture is landscape (896 x 512) and the clip is portrait (512 x 896): the centre crop would"
+        "line 7, column pose: the picture is landscape (896 x 512) and the clip is portrait (512 x 896): the centre crop would"
         " keep 33% of it; expected a portrait picture, or width and height in the row."
     )
 
@@ -166,7 +166,7 @@ def test_a_decoder_that_hangs_is_stopped_with_everything_below_it(files, tmp_pat
     ffmpeg = _fake_ffprobe(tmp_path, f"echo $$ > {pid_file}; exec sleep 300")
     start = time.monotonic()
 
-    with pytest.raises(InvalidInputError, match=r"row 7, pose: .* the decoder was stopped after 1\.5 s"):
+    with pytest.raises(InvalidInputError, match=r"line 7, column pose: .* the decoder was stopped after 1\.5 s"):
         decode(*files, tmp_path / "scratch", limits=replace(DEFAULT_LIMITS, seconds=1.5), ffmpeg=ffmpeg)
 
     assert time.monotonic() - start < 10
@@ -177,7 +177,7 @@ def test_a_decoder_that_hangs_is_stopped_with_everything_below_it(files, tmp_pat
 def test_a_decoder_that_crashes_is_the_files_fault_and_leaves_the_worker_alive(files, tmp_path):
     ffmpeg = _fake_ffprobe(tmp_path, "kill -SEGV $PPID; exec sleep 300")
 
-    with pytest.raises(InvalidInputError, match=r"row 7, pose: .* ended with signal 11 \(SIGSEGV\)"):
+    with pytest.raises(InvalidInputError, match=r"line 7, column pose: .* ended with signal 11 \(SIGSEGV\)"):
         decode(*files, tmp_path / "scratch", ffmpeg=ffmpeg)
 
     assert decode(*files, tmp_path / "scratch").pose.shape == (9, 96, 64, 3)
@@ -188,7 +188,7 @@ def test_a_decoder_that_swells_is_refused_its_memory(files, tmp_path):
     reference = tmp_path / "large.png"
     Image.new("RGB", (7000, 7000)).save(reference, compress_level=1)
 
-    with pytest.raises(InvalidInputError, match=r"row 7, reference: .* more than 0\.3 GiB of memory"):
+    with pytest.raises(InvalidInputError, match=r"line 7, column reference: .* more than 0\.3 GiB of memory"):
         decode(reference, pose, tmp_path / "scratch", limits=replace(DEFAULT_LIMITS, memory_bytes=300 * MIB))
 
 
@@ -224,7 +224,7 @@ def _fake_ffprobe(folder: Path, script: str) -> Path:
 def test_limits_of_a_file_are_the_callers(files, tmp_path):
     limits = replace(DEFAULT_LIMITS, media=MediaLimits(max_bytes=100))
 
-    with pytest.raises(InvalidInputError, match=r"row 7, reference: the file has .* bytes; at most 100 are read"):
+    with pytest.raises(InvalidInputError, match=r"line 7, column reference: the file has .* bytes; at most 100 are read"):
         decode(*files, tmp_path / "scratch", limits=limits)
 
 
@@ -249,5 +249,5 @@ def test_a_remote_file_is_brought_to_scratch(files, tmp_path):
 def test_a_missing_remote_file_names_row_column_and_uri(files, tmp_path):
     reference, _ = files
 
-    with pytest.raises(InvalidInputError, match=r"^row 7, pose: there is no file memory://inputs/none\.mp4"):
+    with pytest.raises(InvalidInputError, match=r"^line 7, column pose: there is no file memory://inputs/none\.mp4"):
         fetch_inputs(make_job(reference, "memory://inputs/none.mp4"), tmp_path / "scratch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import urllib.request
+from functools import cached_property
 
 import pytest
 
@@ -41,15 +42,19 @@ class TestAmazonStorage(ObjectStoreContract):
         return self._presigned("get_object", uri)
 
     def overwritten_by_others(self, uri, data):
-        request = urllib.request.Request(self._presigned("put_object", uri), data=data, method="PUT")
+        headers = {"Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(self._presigned("put_object", uri), data, headers, method="PUT")
         urllib.request.urlopen(request, timeout=10).close()
 
     def _presigned(self, method, uri):
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        return self._signer.generate_presigned_url(method, Params={"Bucket": bucket, "Key": key})
+
+    @cached_property
+    def _signer(self):
         import boto3
 
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        client = boto3.client("s3", endpoint_url=self.proxy.upstream)
-        return client.generate_presigned_url(method, Params={"Bucket": bucket, "Key": key})
+        return boto3.client("s3", endpoint_url=self.proxy.upstream)
 
     @pytest.mark.parametrize(("head", "md5"), [
         ({"ETag": '"9e107d9d372bb6826bd81d3542a419d6"'}, "9e107d9d372bb6826bd81d3542a419d6"),

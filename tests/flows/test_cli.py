@@ -1,0 +1,152 @@
+"""The `scail` command as a script sees it: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+from scail import __version__
+from scail.checkpoint import write_random_checkpoint
+from scail.config import SCAIL_TINY
+from tests.flows.conftest import HEIGHT, WIDTH
+
+
+def scail(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_last_line_counts_the_clips_and_names_the_report(write_manifest, tmp_path, checkpoint):
+    result = scail("render", write_manifest({"clip_id": "a"}), "--output", tmp_path / "out", "--checkpoint", checkpoint)
+
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == f"1 rendered, 0 skipped, 0 failed → {tmp_path}/out/report.html"
+    assert "pictures are noise" in result.stderr
+
+
+def test_a_failed_row_gives_exit_code_1(write_manifest, tmp_path, checkpoint):
+    manifest = write_manifest({"clip_id": "a", "pose": tmp_path / "none.mp4"})
+
+    result = scail("render", manifest, "--output", tmp_path / "out", "--checkpoint", checkpoint)
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("0 rendered, 0 skipped, 1 failed")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "there is no such file"),
+        (b"", "empty"),
+        (b"clip_id,reference,pose\n", "no row"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), "PNG"),
+        (b"reference,pose,promt\na.png,b.mp4,hello\n", "did you mean `prompt`?"),
+        (b"clip_id,reference,pose\nx,a.png,b.mp4\nx,c.png,d.mp4\n", "x"),
+        (b"reference,pose\n,b.mp4\n", "column reference"),
+        (b"reference,pose,mode\na.png,b.mp4,replace\n", "column mode"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_gives_exit_code_2(content, expected, tmp_path, checkpoint):
+    manifest = tmp_path / "manifest.csv"
+    if content is not None:
+        manifest.write_bytes(content)
+
+    result = scail("render", manifest, "--output", tmp_path / "out", "--checkpoint", checkpoint)
+
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_cannot_be_used_gives_exit_code_2(write_manifest, tmp_path):
+    without_weights, of_another_size = tmp_path / "without_weights", tmp_path / "of_another_size"
+    for folder in (without_weights, of_another_size):
+        write_random_checkpoint(folder, SCAIL_TINY, seed=0)
+    (without_weights / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    config = of_another_size / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    manifest = write_manifest({"clip_id": "a"})
+
+    for folder, expected in (
+        (tmp_path / "nowhere", "is not a folder"),
+        (without_weights, "diffusion_pytorch_model.safetensors is missing"),
+        (of_another_size, "blocks.2"),
+    ):
+        result = scail("render", manifest, "--output", tmp_path / "out", "--checkpoint", folder)
+
+        assert result.exit_code == 2, folder
+        assert expected in result.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(write_manifest, tmp_path, checkpoint):
+    manifest = write_manifest({"clip_id": "a"}, {"clip_id": "b", "pose": tmp_path / "none.mp4"})
+
+    result = scail("render", manifest, "--output", tmp_path / "out", "--checkpoint", checkpoint, "--dry-run")
+
+    assert result.exit_code == 1
+    assert "render   a  2 steps" in result.stdout
+    assert result.stdout.splitlines()[-1] == "1 to render, 0 repeated, 1 failed, 0 invalid"
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_lists_every_malformed_row(write_manifest):
+    manifest = write_manifest({"clip_id": "a", "seed": "x"}, {"clip_id": "b", "width": 33})
+
+    result = scail("check", manifest)
+
+    assert result.exit_code == 2
+    assert "line 2, column seed" in result.stderr
+    assert "line 3, column width" in result.stderr
+
+
+def test_doctor_says_what_is_wrong_in_one_line_each(tmp_path, checkpoint):
+    good, bad = scail("doctor", "--checkpoint", checkpoint), scail("doctor", "--checkpoint", tmp_path / "nowhere")
+
+    assert good.exit_code == 0
+    assert {line.split()[1] for line in good.stdout.splitlines()} >= {"checkpoint", "ffmpeg", "decord", "torch"}
+    assert bad.exit_code == 1
+    assert [line for line in bad.stdout.splitlines() if line.startswith("BAD")] == [
+        f"BAD  checkpoint     {tmp_path}/nowhere is not a folder; expected a checkpoint that `scail convert` wrote."
+    ]
+
+
+def test_bench_writes_its_figures_as_json(tmp_path):
+    size = ("--frames", 5, "--height", HEIGHT, "--width", WIDTH, "--steps", 1)
+
+    result = scail("bench", "--model", "tiny", *size, "--json", tmp_path / "bench.json")
+
+    assert result.exit_code == 0
+    assert '"share_of_matmul_ceiling"' in (tmp_path / "bench.json").read_text()
+    assert scail("bench", "--model", "13b").exit_code == 2
+
+
+def test_checking_a_manifest_imports_no_torch(write_manifest, tmp_path, checkpoint):
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.modules['prefect'] = None\n"
+        "sys.argv[0] = 'scail'\nfrom flows.cli import main\nmain()"
+    )
+    arguments = ["check", write_manifest({"clip_id": "a"}), "--output", tmp_path / "out", "--checkpoint", checkpoint]
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env=os.environ,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 to render, 0 repeated, 0 invalid"
+
+
+def test_the_version_is_the_installed_one():
+    from importlib.metadata import version
+
+    assert version("scail-batch-renders") == __version__
