@@ -107,6 +107,8 @@ class HttpsInput:
                 failure = _failure(error, uri)
                 if not failure.transient or attempt == self._policy.max_attempts:
                     raise failure from error
+            except ValueError:  # from the parts of an address that is none; what it says may quote the signature
+                raise RefusedUriError(f"{redact(uri)} is no valid URL, or leads to one that is not") from None
             except StorageError as error:
                 if not error.transient or attempt == self._policy.max_attempts:
                     raise
@@ -280,8 +282,9 @@ def _declared_md5(response: http.client.HTTPResponse) -> str | None:
     if response.getheader("x-goog-stored-content-encoding", "identity") != "identity":
         return None  # the hash is of what is stored; what comes is unpacked
     google = re.search(r"md5=([A-Za-z0-9+/]{22}==)", response.getheader("x-goog-hash", ""))
-    encoded = google[1] if google else response.getheader("Content-MD5", "")
-    return base64.b64decode(encoded).hex() if encoded else None
+    standard = re.fullmatch(r"([A-Za-z0-9+/]{22}==)", response.getheader("Content-MD5", ""))
+    declared = google or standard
+    return base64.b64decode(declared[1]).hex() if declared else None
 
 
 def _failure(error: OSError | http.client.HTTPException, uri: str) -> StorageError:

@@ -16,6 +16,7 @@ import re
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class _Stat:
     claim: str | None = None
 
 
-class ObjectStore:
+class ObjectStore(ABC):
     """`tasks.storage.Store` over an fsspec file system. The subclasses hold what differs between the stores."""
 
     scheme: ClassVar[str]
@@ -131,22 +132,22 @@ class ObjectStore:
         except NotFoundError:
             return
 
-    def _stat(self, uri: str) -> _Stat:
-        raise NotImplementedError
+    @abstractmethod
+    def _stat(self, uri: str) -> _Stat: ...
 
+    @abstractmethod
     def _put_bytes(self, uri: str, data: bytes, content_type: str, *, claim: str | None = None) -> None:
         """Upload; with a claim, only where there is nothing yet, else FileExistsError."""
-        raise NotImplementedError
 
-    def _put_file(self, uri: str, path: Path, content_type: str, sent: _Stat) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _put_file(self, uri: str, path: Path, content_type: str, sent: _Stat) -> None: ...
 
+    @abstractmethod
     def _was_repeated(self, error: Exception) -> bool:
         """Whether the library has already repeated the request that ended with this error."""
-        raise NotImplementedError
 
-    def _translated(self, error: Exception, uri: str) -> StorageError:
-        raise NotImplementedError
+    @abstractmethod
+    def _translated(self, error: Exception, uri: str) -> StorageError: ...
 
     def _call(self, method: str, *args: Any, num_bytes: int = 0, **kwargs: Any) -> Any:
         """A method of the file system under our time limit: the libraries have none over all their retries."""
@@ -160,13 +161,15 @@ class ObjectStore:
         while True:
             try:
                 return action()
+            except StorageError as error:  # of an attempt within this one: only damage is worth a new start
+                if not isinstance(error, DamagedError) or attempt == self._policy.max_attempts:
+                    raise
+                failure: StorageError = error
             except Exception as error:
-                ours = isinstance(error, StorageError)  # of an attempt within this one: only damage wants a new start
-                failure = error if isinstance(error, StorageError) else self._translated(error, uri)
-                again = isinstance(error, DamagedError) if ours else failure.transient and not self._was_repeated(error)
-                if not again or attempt == self._policy.max_attempts:
-                    raise failure from (None if ours else error)
-                logger.warning("Attempt %s of %s failed: %s", attempt, self._policy.max_attempts, failure)
+                failure = self._translated(error, uri)
+                if not failure.transient or self._was_repeated(error) or attempt == self._policy.max_attempts:
+                    raise failure from error
+            logger.warning("Attempt %s of %s failed: %s", attempt, self._policy.max_attempts, failure)
             time.sleep(self._policy.pause_seconds(attempt))
             attempt += 1
 

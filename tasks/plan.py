@@ -18,6 +18,11 @@ from tasks.storage import StorageError, StoragePolicy
 
 logger = logging.getLogger(__name__)
 
+Done = tuple[DoneRecord, ClipMetrics]
+Hashes = dict[str, str | StorageError]  # by URI
+
+LISTING_PAYS_FROM = 500  # keys; for fewer, asking for each is faster than listing a folder that may hold 100,000
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -33,7 +38,7 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        jobs: Clips to render, each key once; higher priority first, then in the order of their rows.
+        jobs: Clips to render, each key once, in the order in which to render them.
         twins: Rows that ask for the same pixels as an earlier row, by key.
         settled: Rows whose result is known before anything runs: skipped, disabled, or an input cannot be read.
     """
@@ -76,41 +81,120 @@ def plan_clips(
     policy: StoragePolicy,
     threads: int,
 ) -> Plan:
-    """Hash the inputs, look for done records, and sort the rows by what has to be done for them."""
+    """Hash the inputs, look for done records, and sort the rows by what has to be done for them.
 
-    def settle(request: ClipRequest) -> ClipJob | ClipResult:
-        if not request.enabled:
-            return result_of(request, ClipStatus.DISABLED)
-        try:
-            hashes = _input_hashes(request, policy)
-            key, params = content_key(
-                request,
-                reference_hash=hashes["reference"],
-                pose_hash=hashes["pose"],
-                checkpoint_fingerprint=checkpoint_fingerprint,
-                default_profile=default_profile,
-            )
-            done = find_done(output_uri, key, policy=policy)
-        except StorageError as error:
-            return result_of(request, ClipStatus.FAILED).failed_by(error)
-        if done:
-            return result_of(request, ClipStatus.SKIPPED).of_done(*done, output_uri)
-        return ClipJob(request=request, key=key, params=params, checkpoint_fingerprint=checkpoint_fingerprint)
+    A file that many rows name is hashed once, and a key that many rows have is looked up once.
 
+    Raises:
+        RefusedError: If the done records cannot be listed.
+    """
     with ThreadPoolExecutor(threads) as pool:
-        settled = list(pool.map(settle, requests))
+        hashes = _hash_inputs(requests, policy, pool)
+        keyed = [_key_row(request, hashes, checkpoint_fingerprint, default_profile) for request in requests]
+        keys = list(dict.fromkeys(item.key for item in keyed if isinstance(item, ClipJob)))
+        done = _find_all_done(output_uri, keys, policy, pool)
     jobs: dict[str, ClipJob] = {}
     twins: dict[str, tuple[ClipRequest, ...]] = {}
-    for job in settled:
-        if isinstance(job, ClipJob):
-            if job.key in jobs:
-                twins[job.key] = (*twins.get(job.key, ()), job.request)
-            jobs.setdefault(job.key, job)
-    by_priority = sorted(jobs.values(), key=lambda job: -job.request.priority)
-    return Plan(tuple(by_priority), twins, tuple(item for item in settled if isinstance(item, ClipResult)))
+    settled: list[ClipResult] = []
+    for item in keyed:
+        if isinstance(item, ClipResult):
+            settled.append(item)
+        elif (found := done[item.key]) is not None:
+            settled.append(_settled_by(found, item.request, output_uri))
+        elif item.key in jobs:
+            twins[item.key] = (*twins.get(item.key, ()), item.request)
+        else:
+            jobs[item.key] = item
+    return Plan(_in_order(list(jobs.values()), hashes), twins, tuple(settled))
 
 
-def find_done(output_uri: str, key: str, *, policy: StoragePolicy) -> tuple[DoneRecord, ClipMetrics] | None:
+def _hash_inputs(requests: Sequence[ClipRequest], policy: StoragePolicy, pool: ThreadPoolExecutor) -> Hashes:
+    """The hash of every file that an enabled row names, or why there is none."""
+
+    def hash_file(uri: str) -> str | StorageError:
+        try:
+            return storage.content_md5(uri, policy=policy)
+        except StorageError as error:
+            return error
+
+    uris = list(
+        dict.fromkeys(uri for request in requests if request.enabled for uri in (request.reference, request.pose))
+    )
+    return dict(zip(uris, pool.map(hash_file, uris), strict=True))
+
+
+def _key_row(
+    request: ClipRequest, hashes: Hashes, checkpoint_fingerprint: str, default_profile: str
+) -> ClipJob | ClipResult:
+    if not request.enabled:
+        return result_of(request, ClipStatus.DISABLED)
+    reference_hash, pose_hash = hashes[request.reference], hashes[request.pose]
+    for column, found in (("reference", reference_hash), ("pose", pose_hash)):
+        if isinstance(found, StorageError):
+            kind = type(found)
+            error = kind(f"line {request.row}, column {column}: {found}", transient=found.transient)
+            return result_of(request, ClipStatus.FAILED).failed_by(error)
+    key, params = content_key(
+        request,
+        reference_hash=str(reference_hash),
+        pose_hash=str(pose_hash),
+        checkpoint_fingerprint=checkpoint_fingerprint,
+        default_profile=default_profile,
+    )
+    return ClipJob(request=request, key=key, params=params, checkpoint_fingerprint=checkpoint_fingerprint)
+
+
+def _in_order(jobs: list[ClipJob], hashes: Hashes) -> tuple[ClipJob, ...]:
+    """Higher priority first; then rows that share a pose, a reference or a prompt one after the other.
+
+    A worker keeps the encodings of its last few inputs, and the pose's cost the most. What is first in the manifest
+    stays first, so that rows which share nothing keep their order.
+    """
+    places: tuple[dict[object, int], ...] = ({}, {}, {})
+
+    def place(job: ClipJob) -> tuple[int, ...]:
+        request = job.request
+        inputs = (hashes[request.pose], hashes[request.reference], (request.prompt, request.negative_prompt))
+        ranks = (seen.setdefault(value, len(seen)) for seen, value in zip(places, inputs, strict=True))
+        return (-request.priority, *ranks)
+
+    return tuple(sorted(jobs, key=place))
+
+
+def _find_all_done(
+    output_uri: str, keys: Sequence[str], policy: StoragePolicy, pool: ThreadPoolExecutor
+) -> dict[str, Done | StorageError | None]:
+    listed = _list_done(output_uri, policy) if len(keys) >= LISTING_PAYS_FROM else None
+
+    def find(key: str) -> Done | StorageError | None:
+        try:
+            return find_done(output_uri, key, policy=policy)
+        except StorageError as error:
+            return error
+
+    asked = keys if listed is None else [key for key in keys if key in listed]
+    return dict.fromkeys(keys) | dict(zip(asked, pool.map(find, asked), strict=True))
+
+
+def _list_done(output_uri: str, policy: StoragePolicy) -> frozenset[str] | None:
+    """Keys with a done record, or None where listing is not allowed and each has to be asked for."""
+    folder = storage.join(output_uri, "done")
+    try:
+        return frozenset(storage.name(uri).removesuffix(".json") for uri in storage.list_files(folder, policy=policy))
+    except storage.PermissionDeniedError as error:
+        logger.warning("done records cannot be listed, each is asked for: %s", error)
+        return None
+    except StorageError as error:
+        raise RefusedError(f"done records cannot be listed, nothing was rendered: {error}") from error
+
+
+def _settled_by(found: Done | StorageError, request: ClipRequest, output_uri: str) -> ClipResult:
+    if isinstance(found, StorageError):
+        return result_of(request, ClipStatus.FAILED).failed_by(found)
+    return result_of(request, ClipStatus.SKIPPED).of_done(*found, output_uri)
+
+
+def find_done(output_uri: str, key: str, *, policy: StoragePolicy) -> Done | None:
     """The done record of a key and the clip's metrics, if what the record names is still there.
 
     Another clip may have been published under the same clip_id since; then the metrics beside the video carry
@@ -135,15 +219,3 @@ def find_done(output_uri: str, key: str, *, policy: StoragePolicy) -> tuple[Done
 def result_of(request: ClipRequest, status: ClipStatus) -> ClipResult:
     """A result that has the row's own columns and nothing else yet."""
     return ClipResult(row=request.row, clip_id=request.clip_id, status=status, columns=request.columns)
-
-
-def _input_hashes(request: ClipRequest, policy: StoragePolicy) -> dict[str, str]:
-    hashes = {}
-    for column in ("reference", "pose"):
-        uri = getattr(request, column)
-        try:
-            hashes[column] = storage.content_md5(uri, policy=policy)
-        except StorageError as error:
-            kind = type(error)
-            raise kind(f"line {request.row}, column {column}: {error}", transient=error.transient) from error
-    return hashes

@@ -1,4 +1,4 @@
-"""Remote bytes: read, publish atomically, claim. The one user of fsspec.
+"""Remote bytes: read, publish atomically, claim. With `object_store.py`, its own half, the one user of fsspec.
 
 A URI is a plain path, `file://`, `memory://`, `gs://`, `s3://` or, for reading only, `https://`. Whoever publishes
 writes media first and the done record last; readers trust only what a done record names.

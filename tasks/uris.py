@@ -14,7 +14,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _REPEATABLE_ERRNOS = frozenset({errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE})
@@ -97,19 +97,20 @@ def redact(uri: str) -> str:
     """The URI as it may be shown: without user, query and fragment, unless they are part of an object's name."""
     if "://" not in uri or scheme_of(uri) in {"gs", "s3", "memory"}:
         return uri
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = re.split("[?#]", uri, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def join(base_uri: str, *parts: str) -> str:
     """Names below a folder. The query of an https base, which signs that base alone, is dropped."""
-    scheme = scheme_of(base_uri)
     names = "/".join(part.strip("/") for part in parts)
-    if scheme in {"http", "https", "file"} and "://" in base_uri:
+    if "://" in base_uri and scheme_of(base_uri) in _ENCODED:
         base_uri, names = _without_query(base_uri), quote(names)
-    if not names:
-        return base_uri
-    return f"{base_uri.rstrip('/')}/{names}" if base_uri else names
+    if not names or not base_uri:
+        return base_uri or names
+    folder = base_uri.rstrip("/")
+    return f"{folder}///{names}" if folder.endswith(":") else f"{folder}/{names}"  # file:/// is a folder too
 
 
 def resolve(base_uri: str, relative_or_uri: str) -> str:
@@ -171,9 +172,7 @@ def _without_query(uri: str) -> str:
 def _file_path(uri: str) -> Path:
     if not _SCHEME.match(uri):
         return Path(uri)
-    parts = urlsplit(uri)
-    if parts.netloc not in {"", "localhost"}:
-        raise RefusedUriError(
-            f"{uri} names the host {parts.netloc!r}; a local file is file:///path, with three slashes"
-        )
-    return Path(unquote(parts.path))
+    host, _, path = _without_query(uri).partition("://")[2].partition("/")
+    if host not in {"", "localhost"}:
+        raise RefusedUriError(f"{uri} names the host {host!r}; a local file is file:///path, with three slashes")
+    return Path(f"/{unquote(path)}")

@@ -35,7 +35,7 @@ def load_pose(path: Path | str) -> PoseSequence:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays: Arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise InvalidInputError(f"{path.name} cannot be read as a pose file (.npz): {error}") from error
     try:
         return _from_official(arrays) if "joints24" in arrays else _from_ours(arrays)

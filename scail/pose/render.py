@@ -7,8 +7,8 @@ of (capsule, pixel) candidates; the nearest candidate of a pixel is an integer m
 float64: in float32 cancellation loses pixels of the silhouette.
 
 Three things the march does by being a march are kept, since they are seen: how close counts as a hit, which rays it
-gives up on, and how float32 tilts its normals. With them silhouettes equal the official ones but for one pixel in
-50,000, and colours differ by 0.1 of 255 on average.
+gives up on, and how float32 tilts its normals. With them silhouettes differ from marched ones by one pixel in 30,000,
+and colours by 0.1 of 255 on average.
 
 Rays run through integer pixel coordinates, without half a pixel, and colours are truncated to bytes, as the official
 code does. Source: zai-org/SCAIL-Pose, the taichi renderer of NLFPoseExtract.
@@ -138,9 +138,12 @@ def render_pose(
     chunks = render_chunks(
         sequence, size=size, palette=palette, z_range=z_range, device=device, frames_per_chunk=frames_per_chunk
     )
-    frames = np.empty((sequence.num_frames, *(size or (sequence.height, sequence.width)), 3), np.uint8)
-    for start, chunk in zip(range(0, sequence.num_frames, frames_per_chunk), chunks, strict=True):
+    view = View.of(sequence, size)
+    frames = np.empty((sequence.num_frames, view.height, view.width, 3), np.uint8)
+    start = 0
+    for chunk in chunks:
         frames[start : start + len(chunk)] = chunk
+        start += len(chunk)
     return frames
 
 

@@ -84,7 +84,7 @@ def check_dit(fixture: Fixture) -> Iterator[Measured]:
     for case, _, tensors in fixture.cases():
         out = run_transformer(transformer, tensors, torch.bfloat16).float()
         error = (out - tensors["out"]).norm() / tensors["out"].norm()
-        yield Measured(case, "velocity in bfloat16, relative", float(error), 0.015)
+        yield Measured(f"{case} bf16", "velocity, relative", float(error), 0.015)
 
 
 def check_rope(fixture: Fixture) -> Iterator[Measured]:

@@ -8,8 +8,10 @@ import random
 import threading
 import time
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -20,15 +22,16 @@ from tests.tasks.fault_proxy import ALL_FAULTS, Fault
 IMPATIENT = storage.StoragePolicy(request_timeout_seconds=2.0, call_timeout_seconds=20.0, first_pause_seconds=0.05)
 
 
+@pytest.mark.usefixtures("no_long_pauses")
 class ObjectStoreContract:
     """Subclasses give `scheme`, the fixture `proxy`, and what their store's requests look like."""
 
     scheme: str
-    upload: dict[str, str]  # which requests upload a small object
-    media: dict[str, str]  # which requests read an object's bytes
+    upload: Mapping[str, str]  # which requests upload a small object
+    media: Mapping[str, str]  # which requests read an object's bytes
 
     @pytest.fixture(autouse=True)
-    def _fresh_start(self, proxy, no_long_pauses, request):
+    def _fresh_start(self, proxy, request):
         proxy.reset()
         self.proxy = proxy
         self.base = f"{self.scheme}://{BUCKET}/{request.node.name}"
@@ -48,7 +51,7 @@ class ObjectStoreContract:
         raise NotImplementedError
 
     def test_what_is_published_comes_back(self):
-        uri = storage.join(self.base, "clips", "ä b", "vid#?%20.mp4")
+        uri = storage.join(self.base, "clips", "ä b", "vid#?%20{x}&=+.mp4")
 
         storage.publish_bytes(uri, b"frames" * 100)
 
@@ -220,6 +223,18 @@ class ObjectStoreContract:
 
         assert self.proxy.count(**self.media) == 6
 
+    @pytest.mark.slow
+    def test_the_librarys_own_pauses_end_within_a_minute(self, monkeypatch):
+        monkeypatch.undo()
+        self.proxy.always(Fault.UNAVAILABLE)
+        started = time.monotonic()
+
+        with pytest.raises(storage.StorageError) as raised:
+            storage.exists(f"{self.base}/clip")
+
+        assert raised.value.transient
+        assert 3 < time.monotonic() - started < 60
+
     def test_an_upload_that_never_succeeds_says_that_it_may_later(self):
         self.proxy.always(Fault.UNAVAILABLE, **self.upload)
 
@@ -270,27 +285,25 @@ class ObjectStoreContract:
         assert storage.create(uri, b"first") is False
         assert storage.read_bytes(uri) == b"first"
 
-    @pytest.mark.parametrize("round_", range(3))
-    def test_of_sixteen_racing_claims_one_wins(self, round_):
-        uri = f"{self.base}/claim"
+    def test_of_sixteen_racing_claims_one_wins(self):
         ready = threading.Barrier(16)
 
-        def claim(number):
+        def claim(uri, number):
             ready.wait()
             return storage.create(uri, b"%d" % number)
 
         with ThreadPoolExecutor(16) as executor:
-            won = list(executor.map(claim, range(16)))
-
-        assert sum(won) == 1
-        assert self.seen_by_others(uri) == b"%d" % won.index(True)
+            for uri in (f"{self.base}/{name}" for name in ("first", "second", "third")):
+                won = list(executor.map(partial(claim, uri), range(16)))
+                assert sum(won) == 1
+                assert self.seen_by_others(uri) == b"%d" % won.index(True)
 
     def test_of_sixteen_racing_claims_one_wins_when_every_other_reply_is_lost(self):
         uri = f"{self.base}/claim"
         self.proxy.at_random(0.5, seed=3, faults=(Fault.LOST_REPLY,))
 
         with ThreadPoolExecutor(16) as executor:
-            won = list(executor.map(lambda number: storage.create(uri, b"same for all"), range(16)))
+            won = list(executor.map(lambda _: storage.create(uri, b"same for all"), range(16)))
 
         assert sum(won) == 1
 
@@ -357,5 +370,4 @@ class ObjectStoreContract:
         assert read == contents
         self.proxy.reset()
         assert storage.list_files(self.base) == sorted(contents)
-        assert {uri: self.seen_by_others(uri) for uri in contents} == contents
         assert len(list(tmp_path.iterdir())) == len(contents)

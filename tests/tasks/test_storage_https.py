@@ -36,7 +36,7 @@ TRUSTING = replace(STRICT, allow_private_addresses=True)
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format, *args):
+    def log_message(self, *_about):
         return
 
     def do_GET(self):
@@ -78,7 +78,7 @@ class Origin:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.origin = self
-        self._server.handle_error = lambda *about: None  # clients that hang up are what is tested here
+        self._server.handle_error = lambda *_about: None  # clients that hang up are what is tested here
         if context:
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_port
@@ -260,6 +260,19 @@ def test_a_url_without_a_proper_host_is_refused(url):
         storage.read_bytes(url, policy=TRUSTING)
 
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", [
+    "http://[::1/x", "http://a..b/x", f"http://{'a' * 70}.example/x", "http://\u2100.example/x", "http://host:port/x",
+    "http://ho st/x", "http://host\x00/x", "http://[fe80::1%25eth0]:x/",
+])  # fmt: skip
+def test_a_malformed_url_or_redirect_is_refused_without_its_signature(url, origin):
+    origin.redirects["/clip.mp4"] = f"{url}?{SIGNATURE}".encode("ascii", "ignore").decode()
+
+    for given in (f"{url}?{SIGNATURE}", origin.url()):
+        with pytest.raises(storage.StorageError) as raised:
+            storage.read_bytes(given, policy=TRUSTING)
+        assert "5ec2e7" not in "".join(traceback.format_exception(raised.value))
 
 
 @pytest.mark.parametrize("faults", [
@@ -459,10 +472,10 @@ class TestTls:
                 policy=replace(TRUSTING, allowed_schemes=frozenset({"https"})),
             )
 
-    def test_a_presigned_host_has_no_port(self, secure, names, monkeypatch):
+    def test_a_presigned_host_has_no_port(self, secure, monkeypatch):
         connect = socket.create_connection
         monkeypatch.setattr(
-            socket, "create_connection", lambda address, timeout: connect(("127.0.0.1", secure.port), timeout)
+            socket, "create_connection", lambda _address, timeout: connect(("127.0.0.1", secure.port), timeout)
         )
 
         storage.read_bytes("https://public.example/clip.mp4", policy=TRUSTING)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.request
 from functools import cached_property
+from types import MappingProxyType
 
 import pytest
 
@@ -30,13 +31,13 @@ def proxy():
 @pytest.fixture
 def no_long_pauses(monkeypatch):
     """botocore pauses for up to min(2^n, 20) seconds."""
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda backoff, context: 0.05)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda _backoff, _context: 0.05)
 
 
 class TestAmazonStorage(ObjectStoreContract):
     scheme = "s3"
-    upload = {"method": "PUT"}
-    media = {"method": "GET", "contains": "test_"}
+    upload = MappingProxyType({"method": "PUT"})
+    media = MappingProxyType({"method": "GET", "contains": "test_"})
 
     def direct_url(self, uri):
         return self._presigned("get_object", uri)
@@ -69,7 +70,7 @@ class TestAmazonStorage(ObjectStoreContract):
     def test_an_etag_is_taken_for_an_md5_only_where_it_is_one(self, head, md5):
         assert object_store._md5_of_etag(head) == md5
 
-    def test_an_object_uploaded_in_parts_has_its_md5_computed(self, tmp_path):
+    def test_an_object_uploaded_in_parts_has_its_md5_computed(self):
         client = object_store.object_store("s3", storage.DEFAULT_POLICY)._fs
         parts = bytes(6 * 2**20)
         client.pipe_file(f"{self.base}/parts".removeprefix("s3://"), parts * 2, chunksize=6 * 2**20)
