@@ -16,7 +16,8 @@ from rich.console import Console
 
 from tasks.checkpoint import inspect_checkpoint, write_demo_checkpoint
 from tasks.errors import RefusedError
-from tasks.plan import Plan, Rows, plan_clips, read_rows
+from tasks.forecast import Forecast
+from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, read_rows
 from tasks.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -86,18 +87,20 @@ def check(
     limit: LimitOption = None,
     skip_invalid: SkipInvalidOption = False,
 ) -> None:
-    """Say what a manifest would render. Nothing is written, no GPU is needed.
+    """Say what a manifest would render, how long that takes and what it costs. Nothing is written, no GPU is needed.
 
-    With `--output`, inputs are hashed and done clips are looked up; without, only the rows are checked.
+    With `--output`, inputs are hashed, done clips are looked up, and the forecast learns from the clips there;
+    without, only the rows are checked, and the forecast is a guess.
     """
     try:
         rows = read_rows(manifest, skip_invalid=skip_invalid, limit=limit)
-        plan = _plan(rows, output, checkpoint, profile) if output else None
+        plan, forecast = _plan(rows, output, checkpoint, profile)
     except RefusedError as error:
         _refuse(error)
     for result in rows.invalid:
         out.print(f"invalid  {result.message}", markup=False)
     if plan is None:
+        out.print(str(forecast), markup=False)
         out.print(f"{len(rows.requests)} rows can be rendered, {len(rows.invalid)} are invalid", markup=False)
         raise typer.Exit(ExitCode.SOME_FAILED if rows.invalid else ExitCode.OK)
     for result in plan.settled:
@@ -106,6 +109,8 @@ def check(
         num_twins = len(plan.twins.get(job.key, ()))
         shared = f"  (and {num_twins} more rows with the same content)" if num_twins else ""
         out.print(f"render   {job.clip_id}  {job.params.num_inference_steps} steps{shared}", markup=False)
+    if plan.jobs:
+        out.print(str(forecast), markup=False)
     out.print(_plan_line(plan, rows), markup=False)
     failed = rows.invalid or any(result.status == "failed" for result in plan.settled)
     raise typer.Exit(ExitCode.SOME_FAILED if failed else ExitCode.OK)
@@ -179,16 +184,21 @@ def main() -> None:
     app()
 
 
-def _plan(rows: Rows, output: str, checkpoint: str | None, profile: str | None) -> Plan:
+def _plan(rows: Rows, output: str | None, checkpoint: str | None, profile: str | None) -> tuple[Plan | None, Forecast]:
     settings = Settings()
-    return plan_clips(
+    checkpoint, profile = checkpoint or settings.checkpoint, profile or settings.profile
+    if output is None:
+        return None, forecast_rows(rows, checkpoint=checkpoint, default_profile=profile, settings=settings)
+    model = inspect_checkpoint(checkpoint)
+    plan = plan_clips(
         rows.requests,
         output_uri=output,
-        checkpoint_fingerprint=inspect_checkpoint(checkpoint or settings.checkpoint).fingerprint,
-        default_profile=profile or settings.profile,
+        checkpoint_fingerprint=model.fingerprint,
+        default_profile=profile,
         policy=settings.storage_policy(),
         threads=settings.planning_threads,
     )
+    return plan, forecast_plan(plan, output_uri=output, model=model, settings=settings)
 
 
 def _plan_line(plan: Plan, rows: Rows) -> str:

@@ -3,8 +3,8 @@
 A clip's denoising takes `forwards × (a · tokens + b · tokens²)` seconds: the linear layers see each token by itself,
 attention sees each pair. Everything else takes `c + d · pixels of all frames`. The four numbers are fitted to earlier
 clips of the same checkpoint on the same device; where these are too alike to tell a from b, or c from d, the
-proportions of the 14B network decide. Each run leaves a sample of its clips' times in OUTPUT/runs/<run id>/timings.jsonl,
-so that a forecast reads a few small files however many clips there are.
+proportions of the 14B network decide. Each run leaves a sample of its clips' times in
+OUTPUT/runs/<run id>/timings.jsonl, so that a forecast reads a few small files however many clips there are.
 """
 
 from __future__ import annotations

@@ -162,6 +162,34 @@ class ClipStatus(StrEnum):
     DISABLED = "disabled"
 
 
+class AttemptStage(StrEnum):
+    PREPARING = "preparing"
+    COMPUTING = "computing"  # on the GPU; a worker that dies here may have died of this clip
+    PUBLISHING = "publishing"
+
+
+class Attempt(BaseModel):
+    """One start of a clip: OUTPUT/attempts/<key>/<number>.json, and an entry of the clip's metrics.
+
+    Attributes:
+        run_id: Of the flow run that asked for it.
+        worker: Host and process, such as `gpu-7:4711`.
+        seen_at: When the worker last said that it is alive; all times are ISO 8601, UTC.
+        outcome: `published`, or the class of what was raised. None while it goes on, and for ever if its worker died.
+    """
+
+    model_config = _Frozen
+
+    number: int
+    run_id: str
+    worker: str
+    started_at: str
+    seen_at: str
+    stage: AttemptStage = AttemptStage.PREPARING
+    outcome: str | None = None
+    message: str | None = None
+
+
 class ClipMetrics(BaseModel):
     """A clip's metrics.json: what was rendered, with what, and where the time went."""
 
@@ -186,6 +214,8 @@ class ClipMetrics(BaseModel):
     seconds: dict[str, float]  # by stage, in the order in which they ran
     peak_memory_gib: float
     attempts: int
+    attempt_log: tuple[Attempt, ...] = ()  # every start of this clip, this one last
+    cache_hits: tuple[str, ...] = ()  # encodings that an earlier clip on the same worker had computed
     device: str
     checkpoint_fingerprint: str
     versions: dict[str, str]

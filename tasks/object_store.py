@@ -320,12 +320,12 @@ class GoogleStore(ObjectStore):
         )
 
     def _was_repeated(self, error: Exception) -> bool:
-        from gcsfs.retry import ChecksumError, is_retriable  # noqa: TID251
+        from gcsfs.retry import ChecksumError, is_retriable
 
         return is_retriable(error) and not isinstance(error, ChecksumError)
 
     def _translated(self, error: Exception, uri: str) -> StorageError:
-        from gcsfs.retry import ChecksumError, HttpError, is_retriable  # noqa: TID251
+        from gcsfs.retry import ChecksumError, HttpError, is_retriable
         from google.auth.exceptions import DefaultCredentialsError
 
         text = _UPLOAD_SESSION.sub(r"\1…", str(error))
@@ -423,7 +423,7 @@ def object_store(scheme: str, policy: StoragePolicy) -> ObjectStore:
 
 @lru_cache(maxsize=8)  # fsspec's own cache has one entry a thread and never lets go; and a fork needs new ones
 def _filesystem(scheme: str, request_timeout_seconds: float, process_id: int) -> Any:  # noqa: ARG001
-    import fsspec  # noqa: TID251
+    import fsspec
 
     options: dict[str, dict[str, Any]] = {
         "memory": {},

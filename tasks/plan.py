@@ -6,14 +6,21 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import ValidationError
 
+from scail.config import SCAIL_14B
+from scail.errors import CheckpointError
+from scail.fingerprint import read_model_config
 from tasks import storage
+from tasks.checkpoint import CheckpointInfo
 from tasks.errors import RefusedError
+from tasks.forecast import Forecast, forecast_clips, read_history, timings_of
 from tasks.jobs import ClipJob, ClipMetrics, ClipRequest, ClipResult, ClipStatus, DoneRecord, content_key
 from tasks.manifest import ManifestError, read_manifest
 from tasks.results import invalid_results
+from tasks.settings import Settings
 from tasks.storage import StorageError, StoragePolicy
 
 logger = logging.getLogger(__name__)
@@ -214,6 +221,42 @@ def find_done(output_uri: str, key: str, *, policy: StoragePolicy) -> Done | Non
         logger.warning("done record %s is not ours or is damaged; rendering again: %s", key, error)
         return None
     return (record, metrics) if metrics.key == key and size == record.video_size else None
+
+
+def forecast_plan(plan: Plan, *, output_uri: str, model: CheckpointInfo, settings: Settings) -> Forecast:
+    """What a plan's clips will take, learned from the clips below OUTPUT."""
+    earlier = timings_of(result.metrics for result in plan.settled if result.metrics)
+    return forecast_clips(
+        [(job.request, job.params) for job in plan.jobs],
+        [*earlier, *read_history(output_uri, policy=settings.storage_policy())],
+        checkpoint_fingerprint=model.fingerprint,
+        model_name=model.name,
+        device=_forecast_device(settings),
+        price_per_gpu_hour=settings.price_per_gpu_hour,
+    )
+
+
+def forecast_rows(rows: Rows, *, checkpoint: str, default_profile: str, settings: Settings) -> Forecast:
+    """What a manifest's rows take if none of them is done: a guess, since no earlier clips are looked at.
+
+    A checkpoint that is not on this machine is taken for the 14B one.
+    """
+    try:
+        model_name = read_model_config(Path(checkpoint)).name
+    except CheckpointError:
+        model_name = SCAIL_14B.name
+    return forecast_clips(
+        [(request, request.sampling(default_profile, seed=0)) for request in rows.requests if request.enabled],
+        [],
+        checkpoint_fingerprint=None,
+        model_name=model_name,
+        device=_forecast_device(settings),
+        price_per_gpu_hour=settings.price_per_gpu_hour,
+    )
+
+
+def _forecast_device(settings: Settings) -> str | None:
+    return settings.forecast_device or ("CPU" if settings.device == "cpu" else None)
 
 
 def result_of(request: ClipRequest, status: ClipStatus) -> ClipResult:

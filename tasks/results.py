@@ -6,8 +6,10 @@ OUTPUT/runs/<run id>/
                     error_class, message; one of ours that an input column is named like is called `result_…`
     failures.csv    only if a row failed or was invalid: those rows as a manifest, references made absolute; from a
                     local manifest these are local paths, which a manifest in a bucket may not name: render a copy
-    summary.json    counts, times, memory, cost, versions
+    timings.jsonl   a sample of what the rendered clips took, from which the next forecast learns
+    summary.json    counts, times, attempts, cache hits, memory, cost, versions
     report.html     written by tasks/report.py
+    status.json     written by tasks/notify.py while the run goes on
     _SUCCESS        written last, when everything else is there
 """
 
@@ -23,6 +25,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from scail.errors import InvalidInputError
 from tasks import storage
+from tasks.figures import cost_of, percentile
+from tasks.forecast import TIMINGS, timings_of
 from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
 from tasks.manifest import URI_COLUMNS, RowProblem, resolve_reference
 
@@ -77,6 +81,7 @@ class Summary(BaseModel):
     peak_memory_gib: float | None
     num_frames: int
     cost: float | None
+    num_in_failures_csv: int = 0  # rows that can be mended and rendered again
 
 
 def write_results(results: Sequence[ClipResult], *, columns: Sequence[str], run_dir_uri: str, run: RunInfo) -> Summary:
@@ -98,8 +103,10 @@ def write_results(results: Sequence[ClipResult], *, columns: Sequence[str], run_
         "results.csv": _results_csv(ordered, columns, run.price_per_gpu_hour),
         "summary.json": summary.model_dump_json(indent=2) + "\n",
     }
-    if _num_not_done(summary):
+    if summary.num_in_failures_csv:
         texts["failures.csv"] = _failures_csv(ordered, columns, run.manifest_uri)
+    if timings := timings_of(_rendered_metrics(ordered)):
+        texts[TIMINGS] = "".join(f"{timing.model_dump_json()}\n" for timing in timings)
     for name, text in texts.items():
         storage.publish_bytes(storage.join(run_dir_uri, name), text.encode())
     logger.info("wrote the results of %d rows to %s", len(ordered), run_dir_uri)
@@ -140,7 +147,8 @@ def summarise(results: Sequence[ClipResult], run: RunInfo) -> Summary:
         },
         peak_memory_gib=max((metrics.peak_memory_gib for metrics in rendered), default=None),
         num_frames=sum(metrics.num_frames for metrics in rendered),
-        cost=_cost(sum(totals), run.price_per_gpu_hour),
+        cost=cost_of(sum(totals), run.price_per_gpu_hour),
+        num_in_failures_csv=sum(map(_is_mendable, results)),
     )
 
 
@@ -162,15 +170,16 @@ def mark_success(run_dir_uri: str) -> None:
         NotFoundError: If a file of the run is not there; then nothing is written.
     """
     summary = Summary.model_validate_json(storage.read_bytes(storage.join(run_dir_uri, "summary.json")))
-    names = ["results.jsonl", "results.csv", "report.html", *(["failures.csv"] if _num_not_done(summary) else [])]
+    names = ["results.jsonl", "results.csv", "report.html", *(["failures.csv"] if summary.num_in_failures_csv else [])]
     missing = [name for name in names if not storage.exists(storage.join(run_dir_uri, name))]
     if missing:
         raise storage.NotFoundError(f"{run_dir_uri} has no {', '.join(missing)}: the run is not complete")
     storage.publish_bytes(storage.join(run_dir_uri, SUCCESS), b"")
 
 
-def _num_not_done(summary: Summary) -> int:
-    return sum(summary.counts[status] for status in _NOT_DONE)
+def _is_mendable(result: ClipResult) -> bool:
+    """Whether the row has no clip and its cells could be told apart."""
+    return result.status in _NOT_DONE and bool(result.columns)
 
 
 def _rendered_metrics(results: Iterable[ClipResult]) -> list[ClipMetrics]:
@@ -183,20 +192,7 @@ def _rendered_metrics(results: Iterable[ClipResult]) -> list[ClipMetrics]:
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    return Spread(p50=_percentile(values, 0.5), p90=_percentile(values, 0.9), total=sum(values))
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the two nearest ranks, as numpy's default."""
-    ordered = sorted(values)
-    rank = share * (len(ordered) - 1)
-    low = int(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
-
-
-def _cost(gpu_seconds: float, price_per_gpu_hour: float | None) -> float | None:
-    return None if price_per_gpu_hour is None else gpu_seconds / 3600 * price_per_gpu_hour
+    return Spread(p50=percentile(values, 0.5), p90=percentile(values, 0.9), total=sum(values))
 
 
 def _results_csv(results: Sequence[ClipResult], columns: Sequence[str], price: float | None) -> str:
@@ -211,7 +207,7 @@ def _results_csv(results: Sequence[ClipResult], columns: Sequence[str], price: f
         seconds, cost = None, None
         if result.status is ClipStatus.RENDERED and result.metrics:
             seconds = result.metrics.total_seconds
-            cost = _cost(seconds, price)
+            cost = cost_of(seconds, price)
         own_cells = (
             str(result.status),
             result.video or "",
@@ -233,7 +229,7 @@ def _failures_csv(results: Sequence[ClipResult], columns: Sequence[str], manifes
     header = [*columns] if "clip_id" in columns else ["clip_id", *columns]
     rows = []
     for result in results:
-        if result.status not in _NOT_DONE or not result.columns:
+        if not _is_mendable(result):
             continue
         cells = dict(result.columns)
         for name in URI_COLUMNS:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.storage import StoragePolicy
@@ -27,9 +27,20 @@ class Settings(BaseSettings):
     )
     ffmpeg: Path | None = Field(None, description="Overrides the ffmpeg on the PATH and the one that pip brought.")
     price_per_gpu_hour: float | None = Field(None, ge=0, description="Gives the results their cost column.")
+    forecast_device: str | None = Field(
+        None, description="Part of a GPU's name, whose earlier times the forecast takes; the last one used if absent."
+    )
     max_download_bytes: int = Field(2 * 1024**3, gt=0, description="Largest input file.")
     allow_private_addresses: bool = Field(False, description="Lets https inputs come from private networks.")
+    workers: str = Field("local", description="`local`, a number of processes of this machine, or `tcp://host:port`.")
+    max_starts: int = Field(3, ge=1, description="Workers that may die of a clip before its row fails.")
+    claim_seconds: float = Field(60.0, gt=0, description="A worker silent for so long has lost its clip to others.")
+    stage_limit_seconds: float = Field(7200.0, gt=0, description="A Dask worker with a clip stuck so long is killed.")
+    min_free_scratch_bytes: int = Field(2 * 1024**3, ge=0, description="With less room, no clip is begun.")
+    encoding_cache_bytes: int = Field(512 * 1024**2, ge=0, description="Encodings kept on the device for later clips.")
     planning_threads: int = Field(16, ge=1, description="Input files hashed side by side while planning.")
+    webhook_url: str | None = Field(None, pattern="^https?://", description="Told of a run's start, clips and end.")
+    webhook_secret: SecretStr | None = Field(None, description="Signs what the webhook is told; unsigned if absent.")
 
     def storage_policy(self) -> StoragePolicy:
         return StoragePolicy(

@@ -1,22 +1,111 @@
-"""Attention: the one seam through which every softmax of the transformer goes."""
+"""Attention: the one seam through which every softmax of the transformer goes.
+
+A backend is chosen once, when a model is loaded, and recorded with every clip. Each has to pass a check on this very
+device before it is used: black videos from an attention kernel that fails in silence are a known trouble.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger(__name__)
+
+# query (B, L, heads, head_size), key and value (B, M, heads, head_size) → (B, L, heads, head_size)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+MAX_RELATIVE_ERROR = 0.01  # of a backend in bfloat16 against float32; bfloat16's own rounding makes 0.003
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention without a mask.
-
-    Args:
-        query: (B, L, heads, head_size).
-        key: (B or 1, M, heads, head_size); one key for a whole batch is shared.
-        value: As `key`.
-
-    Returns:
-        (B, L, heads, head_size).
-    """
-    key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's own choice of kernel. Runs everywhere and is what the others are held against."""
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """cuDNN's fused attention, by PyTorch."""
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return sdpa(query, key, value)
+
+
+@torch.library.custom_op("scail::flash_attention_3", mutates_args=())
+def flash_attention_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlashAttention-3, of the wheel `fa3-fwd`: Hopper only, half precision only.
+
+    A custom operator, so that the compiler sees one node where the wheel would break its graph.
+    """
+    from fa3_fwd_interface import flash_attn_func
+
+    out = flash_attn_func(query, key, value)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+@flash_attention_3.register_fake
+def _(query: Tensor, _key: Tensor, _value: Tensor) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+BACKENDS: dict[str, Attention] = {"flash_attention_3": flash_attention_3, "cudnn": cudnn, "sdpa": sdpa}  # best first
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the fastest backend that is installed, fits the device and passes its check there.
+
+    Args:
+        device: Where the model runs.
+        dtype: Of its activations.
+    """
+    return next(name for name in BACKENDS if name == "sdpa" or (fits(name, device, dtype) and passes(name, device)))
+
+
+def fits(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend is installed and made for this device and dtype."""
+    if name == "sdpa":
+        return True
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if name == "flash_attention_3":
+        return find_spec("fa3_fwd_interface") is not None and torch.cuda.get_device_capability(device)[0] == 9
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@cache
+def passes(name: str, device: torch.device) -> bool:
+    """Hold a backend against float32 on this device, at lengths that are no multiple of a tile."""
+    try:
+        error = relative_error(BACKENDS[name], device)
+    except Exception as failure:  # noqa: BLE001  # whatever a foreign kernel raises, there is a next backend
+        warnings.warn(f"attention backend {name} failed on {device}: {failure}", stacklevel=2)
+        return False
+    if not error <= MAX_RELATIVE_ERROR:  # also when it is not a number
+        warnings.warn(f"attention backend {name} is wrong on {device}: relative error {error:.2g}", stacklevel=2)
+        return False
+    logger.info("attention backend %s on %s: relative error %.2g", name, device, error)
+    return True
+
+
+def relative_error(backend: Attention, device: torch.device) -> float:
+    """Of a backend in bfloat16 against plain float32, over self-attention and cross-attention lengths."""
+    generator = torch.Generator(device).manual_seed(0)
+    errors = []
+    for query_length, key_length in ((1111, 1111), (777, 512), (777, 257)):
+        query, key, value = (
+            torch.randn(1, length, 4, 128, generator=generator, device=device).bfloat16()
+            for length in (query_length, key_length, key_length)
+        )
+        with sdpa_kernel([SDPBackend.MATH]):
+            expected = sdpa(query.float(), key.float(), value.float())
+        difference = backend(query, key, value).float() - expected
+        errors.append(float(difference.norm() / expected.norm()))
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from scail.config import TransformerConfig
 from scail.errors import InvalidInputError
-from scail.models.attention import attention
+from scail.models.attention import BACKENDS, Attention, sdpa
 from scail.models.rope import RotaryTable, apply_rotary, rotary_table
 from scail.types import Conditioning
 
@@ -33,6 +33,10 @@ class KeyValue:
 
     key: Tensor
     value: Tensor
+
+    def of_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The same for every item of a batch, where there is only one."""
+        return self.key.expand(batch_size, -1, -1, -1), self.value.expand(batch_size, -1, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class ScailTransformer(nn.Module):
         self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
         self.head = Head(config)
 
+    def use_attention(self, backend: str) -> None:
+        """Take a backend of `scail.models.attention` for every softmax; it is `sdpa` until then."""
+        for block in self._blocks():
+            block.self_attn.attend = block.cross_attn.attend = BACKENDS[backend]
+
     def prepare(self, conditioning: Conditioning) -> PreparedConditioning:
         """Everything that stays the same from step to step."""
         config = self.config
@@ -85,7 +94,7 @@ class ScailTransformer(nn.Module):
             pose_tokens=_patchify(self.pose_patch_embedding, pose, mask=1.0),
             rotary=rotary.to(reference.device, reference.dtype),
             text=self._text_key_values(conditioning.context),
-            image=tuple(cross_attn.image_key_value(image) for cross_attn in self._cross_attentions()),
+            image=tuple(block.cross_attn.image_key_value(image) for block in self._blocks()),
         )
 
     def with_context(self, prepared: PreparedConditioning, context: Tensor) -> PreparedConditioning:
@@ -133,10 +142,10 @@ class ScailTransformer(nn.Module):
 
     def _text_key_values(self, context: Tensor) -> tuple[KeyValue, ...]:
         text = self.text_embedding(context)
-        return tuple(cross_attn.text_key_value(text) for cross_attn in self._cross_attentions())
+        return tuple(block.cross_attn.text_key_value(text) for block in self._blocks())
 
-    def _cross_attentions(self) -> Iterator[CrossAttention]:
-        return (cast(TransformerBlock, block).cross_attn for block in self.blocks)
+    def _blocks(self) -> Iterator[TransformerBlock]:
+        return (cast(TransformerBlock, block) for block in self.blocks)
 
 
 class TransformerBlock(nn.Module):
@@ -170,6 +179,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.head_size = config.head_size
+        self.attend: Attention = sdpa
         self.qkv = nn.Linear(size, 3 * size)
         self.norm_q = RMSNorm(size, config.eps)
         self.norm_k = RMSNorm(size, config.eps)
@@ -180,7 +190,7 @@ class SelfAttention(nn.Module):
         query, key, value = (
             _split_heads(x, self.head_size) for x in (self.norm_q(query), self.norm_k(key), value)
         )  # (B, L, heads, head_size)
-        out = attention(apply_rotary(query, rotary), apply_rotary(key, rotary), value)
+        out = self.attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value)
         return self.out(out.flatten(-2))
 
 
@@ -191,6 +201,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.head_size = config.head_size
+        self.attend: Attention = sdpa
         self.q = nn.Linear(size, size)
         self.text_kv = nn.Linear(size, 2 * size)
         self.image_kv = nn.Linear(size, 2 * size)
@@ -209,7 +220,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, tokens: Tensor, text: KeyValue, image: KeyValue) -> Tensor:
         query = _split_heads(self.norm_q(self.q(tokens)), self.head_size)
-        out = attention(query, text.key, text.value) + attention(query, image.key, image.value)
+        out = self.attend(query, *text.of_batch(len(query))) + self.attend(query, *image.of_batch(len(query)))
         return self.out(out.flatten(-2))
 
 

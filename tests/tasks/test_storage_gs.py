@@ -73,6 +73,14 @@ class TestGoogleStorage(ObjectStoreContract):
 
         assert self.seen_by_others(f"{self.base}/video.mp4") == video
 
+    def test_an_upload_that_arrived_is_not_sent_again_because_its_last_reply_was_lost(self, tmp_path):
+        (tmp_path / "video.mp4").write_bytes(bytes(9 * 2**20))
+        self.proxy.next_are(Fault.NONE, Fault.LOST_REPLY, method="POST", contains="upload_id")
+
+        storage.publish_file(tmp_path / "video.mp4", f"{self.base}/video.mp4")
+
+        assert self.proxy.count("POST", "/o?name=") == 1
+
     def test_an_unfinished_upload_is_invisible_and_its_session_stays_secret(self, tmp_path):
         (tmp_path / "video.mp4").write_bytes(bytes(9 * 2**20))
         self.proxy.next_are(Fault.NONE, *[Fault.UNAVAILABLE] * 6, method="POST", contains="upload_id")

@@ -182,10 +182,10 @@ def test_points_outside_the_picture_are_cut_off():
 
 
 def test_frames_do_not_share_their_overlay():
-    keypoints = unseen_keypoints(3, 1)
-    keypoints.faces[1, 0, 40] = 0.5
-    sequence = PoseSequence(np.zeros((3, 1, 24, 3), np.float32), HEIGHT, WIDTH, keypoints=keypoints)
+    keypoints = unseen_keypoints(5, 1)
+    keypoints.faces[[1, 3], 0, 40] = 0.5
+    sequence = PoseSequence(np.zeros((5, 1, 24, 3), np.float32), HEIGHT, WIDTH, keypoints=keypoints)
 
     frames = render_pose(sequence, frames_per_chunk=2)
 
-    assert [bool(frame.any()) for frame in frames] == [False, True, False]
+    assert [bool(frame.any()) for frame in frames] == [False, True, False, True, False]

@@ -34,9 +34,9 @@ def test_scaled_intrinsics_project_to_the_scaled_point():
     matrix = default_intrinsics(512, 896)
     point = np.array([300.0, -200.0, 2500.0])
 
-    scaled = scale_intrinsics(matrix, from_size=(512, 896), to_size=(256, 448))
+    scaled = scale_intrinsics(matrix, from_size=(512, 896), to_size=(256, 1792))
 
-    assert project(point, scaled) == pytest.approx(project(point, matrix) / 2)
+    assert project(point, scaled) == pytest.approx(project(point, matrix) * (2, 0.5))
 
 
 def test_right_slots_hold_the_right_side_of_the_body():

@@ -1,0 +1,495 @@
+"""What happens in a run, told to whoever watches from outside.
+
+    StatusFile   always: OUTPUT/status.json and OUTPUT/runs/<run id>/status.json, replaced at each change
+    Webhook      if SCAIL_WEBHOOK_URL is set: one CloudEvent for the run's start, for each clip and for its end
+
+Both deliver from a thread of their own, and neither can fail or hold up a clip: what cannot be delivered is logged
+and dropped. `status.json` is the state, an event only the news of it: who missed one reads the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import random
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import quote
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from tasks import storage
+from tasks.jobs import ClipResult, ClipStatus
+from tasks.plan import Plan
+from tasks.report import REPORT
+from tasks.results import Summary
+from tasks.settings import Settings
+from tasks.storage import DEFAULT_POLICY, StorageError, StoragePolicy
+
+logger = logging.getLogger(__name__)
+
+STATUS = "status.json"
+SIGNATURE_HEADER, TIMESTAMP_HEADER = "X-Scail-Signature", "X-Scail-Timestamp"
+MIN_SECONDS_BETWEEN_WRITES = 1.0  # an object of Google's takes one write a second
+HEARTBEAT_SECONDS = 30.0  # a `running` that is much older than this is of a run that was killed
+FLUSH_SECONDS = 15.0
+MAX_MESSAGE_CHARS = 1000
+
+_MAX_WAITING_EVENTS = 1000
+_MAX_TRIES = 5
+_TIMEOUTS_SECONDS = (5.0, 10.0)  # to connect; until the answer begins
+_FIRST_PAUSE_SECONDS = 1.0
+_MAX_PAUSE_SECONDS = 30.0
+
+Item = TypeVar("Item")
+_Frozen = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunState(StrEnum):
+    RUNNING = "running"
+    COMPLETED = "completed"  # every row has its clip
+    FAILED = "failed"  # the results are written, and some rows have no clip
+    STOPPED = "stopped"  # by an error or a signal, before the results were written
+
+
+class ClipNote(BaseModel):
+    """What became of one row, in brief."""
+
+    model_config = _Frozen
+
+    row: int
+    clip_id: str
+    status: ClipStatus
+    video: str | None
+    seconds: float | None
+    error_class: str | None
+    message: str | None
+
+
+class RunStatus(BaseModel):
+    """A run as an outside watcher sees it: status.json."""
+
+    model_config = _Frozen
+
+    run_id: str
+    state: RunState
+    manifest: str
+    output: str
+    started_at: AwareDatetime
+    updated_at: AwareDatetime  # renewed while the run is alive, also when nothing changes
+    num_rows: int
+    num_settled: int  # rows whose result is known
+    counts: dict[ClipStatus, int]  # every status, also those that did not occur
+    eta_seconds: float | None  # None before the first clip
+    last_clip: ClipNote | None
+    report: str | None  # once it is written
+    message: str | None = None  # why it was stopped
+
+
+class EventType(StrEnum):
+    RUN_STARTED = "run.started"
+    CLIP_FINISHED = "clip.finished"
+    RUN_FINISHED = "run.finished"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, and the run's state just after it.
+
+    Attributes:
+        id: The same however often it is delivered.
+        subject: A clip's id, or the run's.
+        data: More than the status says: the clip, or the run's summary.
+    """
+
+    id: str
+    type: EventType
+    time: datetime
+    subject: str
+    status: RunStatus
+    data: dict[str, Any]
+
+
+class Notifier(Protocol):
+    """One way to tell the outside."""
+
+    def notify(self, event: Event) -> None:
+        """Take an event; delivering it is not waited for."""
+
+    def close(self, timeout_seconds: float) -> None:
+        """Deliver what is waiting, for so long at most."""
+
+
+class Notifications:
+    """What the flow calls. Nothing that goes wrong here is raised.
+
+    with open_notifications(settings, run_id=…, manifest_uri=…, output_uri=…) as notifications:
+        notifications.started(plan, rows.invalid)
+        …                        notifications.clip(result) for each result
+        notifications.finished(summary)
+
+    A block that is left without `finished` tells that the run was stopped.
+    """
+
+    def __init__(
+        self,
+        notifiers: Sequence[Notifier],
+        *,
+        run_id: str,
+        manifest_uri: str,
+        output_uri: str,
+        flush_seconds: float = FLUSH_SECONDS,
+    ) -> None:
+        self._notifiers = tuple(notifiers)
+        self._flush_seconds = flush_seconds
+        self._start = time.monotonic()
+        self._num_awaited = self._num_come = 0
+        self._has_started = self._has_finished = False
+        now = datetime.now(UTC)
+        self._status = RunStatus(
+            run_id=run_id,
+            state=RunState.RUNNING,
+            manifest=storage.redact(manifest_uri),
+            output=output_uri,
+            started_at=now,
+            updated_at=now,
+            num_rows=0,
+            num_settled=0,
+            counts=dict.fromkeys(ClipStatus, 0),
+            eta_seconds=None,
+            last_clip=None,
+            report=None,
+        )
+
+    @property
+    def status(self) -> RunStatus:
+        return self._status
+
+    def started(self, plan: Plan, invalid: Sequence[ClipResult] = ()) -> None:
+        """The plan is made: rows that are settled count, the others are awaited."""
+        self._start, self._has_started = time.monotonic(), True
+        self._num_awaited = len(plan.jobs) + sum(map(len, plan.twins.values()))
+        known = [*plan.settled, *invalid]
+        counts = {status: sum(result.status is status for result in known) for status in ClipStatus}
+        self._tell(
+            EventType.RUN_STARTED,
+            num_rows=len(known) + self._num_awaited,
+            num_settled=len(known),
+            counts=counts,
+            eta_seconds=None if self._num_awaited else 0.0,
+        )
+
+    def clip(self, result: ClipResult) -> None:
+        """A row that was awaited has its result."""
+        self._num_come += 1
+        counts = self._status.counts | {result.status: self._status.counts[result.status] + 1}
+        per_row = (time.monotonic() - self._start) / self._num_come
+        note = clip_note(result)
+        self._tell(
+            EventType.CLIP_FINISHED,
+            subject=result.clip_id,
+            data={"clip": note.model_dump(mode="json")},
+            num_settled=self._status.num_settled + 1,
+            counts=counts,
+            eta_seconds=round(per_row * max(0, self._num_awaited - self._num_come), 1),
+            last_clip=note,
+        )
+
+    def finished(self, summary: Summary) -> None:
+        """The run's results and its report are written."""
+        self._has_finished = True
+        failed = summary.counts[ClipStatus.FAILED] or summary.counts[ClipStatus.INVALID]
+        num_rows = sum(summary.counts.values())
+        self._tell(
+            EventType.RUN_FINISHED,
+            data={"summary": summary.model_dump(mode="json")},
+            state=RunState.FAILED if failed else RunState.COMPLETED,
+            num_rows=num_rows,
+            num_settled=num_rows,
+            counts=dict(summary.counts),
+            eta_seconds=0.0,
+            report=storage.join(self._status.output, "runs", self._status.run_id, REPORT),
+        )
+
+    def __enter__(self) -> Notifications:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if self._has_started and not self._has_finished:
+            message = f"{kind.__name__}: {error}" if kind else "the run ended without its results"
+            self._tell(
+                EventType.RUN_FINISHED, state=RunState.STOPPED, message=message[:MAX_MESSAGE_CHARS], eta_seconds=None
+            )
+        deadline = time.monotonic() + self._flush_seconds
+        for notifier in self._notifiers:
+            _without_raising(partial(notifier.close, max(0.1, deadline - time.monotonic())))
+
+    def _tell(
+        self, kind: EventType, *, subject: str | None = None, data: dict[str, Any] | None = None, **changes: Any
+    ) -> None:
+        now = datetime.now(UTC)
+        self._status = self._status.model_copy(update={**changes, "updated_at": now})
+        event = Event(str(uuid.uuid4()), kind, now, subject or self._status.run_id, self._status, data or {})
+        for notifier in self._notifiers:
+            _without_raising(partial(notifier.notify, event))
+
+
+def open_notifications(settings: Settings, *, run_id: str, manifest_uri: str, output_uri: str) -> Notifications:
+    """Notifications of a run by every way that is set up."""
+    notifiers: list[Notifier] = [StatusFile(output_uri, run_id, policy=settings.storage_policy())]
+    if settings.webhook_url:
+        secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else None
+        notifiers.append(Webhook(settings.webhook_url, secret))
+    return Notifications(notifiers, run_id=run_id, manifest_uri=manifest_uri, output_uri=output_uri)
+
+
+class StatusFile:
+    """Keeps status.json of a run, and of OUTPUT for its newest run, no older than a heartbeat."""
+
+    def __init__(
+        self,
+        output_uri: str,
+        run_id: str,
+        *,
+        policy: StoragePolicy = DEFAULT_POLICY,
+        min_seconds_between_writes: float = MIN_SECONDS_BETWEEN_WRITES,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    ) -> None:
+        self._uris = (storage.join(output_uri, "runs", run_id, STATUS), storage.join(output_uri, STATUS))
+        self._policy = policy
+        self._heartbeat_seconds = heartbeat_seconds
+        self._courier = _Courier[RunStatus](
+            "status-file",
+            self._write,
+            max_waiting=1,  # of several changes between two writes, the last says it all
+            pause_seconds=min_seconds_between_writes,
+            repeat_seconds=heartbeat_seconds,
+        )
+
+    def notify(self, event: Event) -> None:
+        self._courier.send(event.status)
+
+    def close(self, timeout_seconds: float) -> None:
+        self._courier.close(timeout_seconds)
+
+    def _write(self, status: RunStatus) -> None:
+        if status.state is RunState.RUNNING:
+            status = status.model_copy(update={"updated_at": datetime.now(UTC)})
+        text = status.model_dump_json(indent=2) + "\n"
+        failures = []
+        for uri in self._uris:
+            try:
+                storage.publish_bytes(uri, text.encode(), policy=self._policy)
+            except StorageError as error:
+                failures.append(str(error))
+        if failures:
+            raise StorageError("; ".join(failures))
+
+
+class Webhook:
+    """Posts events as CloudEvents 1.0 in JSON, in their order; an answer of 2xx takes one.
+
+    With a secret, `X-Scail-Signature` is `sha256=` and the hex HMAC-SHA256, under the secret, of the time stamp in
+    `X-Scail-Timestamp`, a full stop and the body. A receiver should refuse old time stamps and ids that it has seen:
+    a repeated event has a new time stamp and the same id.
+
+    Where there is no connection, and after 408, 429 and 5xx, an event is repeated a few times; after any other answer,
+    a redirect included, it is dropped. When a thousand wait, the oldest are dropped.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        secret: str | None,
+        *,
+        timeouts_seconds: tuple[float, float] = _TIMEOUTS_SECONDS,
+        first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
+        max_waiting: int = _MAX_WAITING_EVENTS,
+    ) -> None:
+        self._url = url
+        self._secret = secret
+        self._timeouts_seconds = timeouts_seconds
+        self._first_pause_seconds = first_pause_seconds
+        self._courier = _Courier[Event]("webhook", self._deliver, max_waiting=max_waiting)
+
+    def notify(self, event: Event) -> None:
+        self._courier.send(event)
+
+    def close(self, timeout_seconds: float) -> None:
+        self._courier.close(timeout_seconds)
+        if self._courier.num_dropped:
+            logger.warning("webhook: %d events were dropped, too many waited", self._courier.num_dropped)
+
+    def _deliver(self, event: Event) -> None:
+        body = json.dumps(cloud_event(event)).encode()
+        for attempt in range(1, _MAX_TRIES + 1):
+            problem, retry_after = self._post(body)
+            if problem is None:
+                return
+            if retry_after is None or attempt == _MAX_TRIES:
+                break
+            backoff = self._first_pause_seconds * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+            if self._courier.is_given_up_after(min(max(backoff, retry_after), _MAX_PAUSE_SECONDS)):
+                break
+        raise ConnectionError(f"{event.type} {event.subject} was not delivered after {attempt} tries: {problem}")
+
+    def _post(self, body: bytes) -> tuple[str | None, float | None]:
+        """What went wrong, if anything, and the seconds after which to try again; None: never."""
+        import requests
+
+        headers = {"Content-Type": "application/cloudevents+json; charset=utf-8", "User-Agent": "scail-batch-renders"}
+        if self._secret is not None:
+            timestamp = str(int(time.time()))
+            headers |= {TIMESTAMP_HEADER: timestamp, SIGNATURE_HEADER: signature(self._secret, timestamp, body)}
+        try:
+            answer = requests.post(
+                self._url,
+                data=body,
+                headers=headers,
+                timeout=self._timeouts_seconds,
+                allow_redirects=False,
+                stream=True,  # the answer's body is of no use, however long it is
+            )
+        except requests.RequestException as error:
+            return f"{storage.redact(self._url)}: {type(error).__name__}", 0.0  # its text would show the whole URL
+        with answer:
+            if 200 <= answer.status_code < 300:
+                return None, None
+            may_recover = answer.status_code in {408, 429} or answer.status_code >= 500
+            wait = answer.headers.get("Retry-After", "")
+            problem = f"{storage.redact(self._url)} answered {answer.status_code}"
+            return problem, (float(wait) if wait.isdecimal() else 0.0) if may_recover else None
+
+
+def cloud_event(event: Event) -> dict[str, Any]:
+    """An event in the structured form of CloudEvents 1.0."""
+    run_uri = storage.join(event.status.output, "runs", event.status.run_id)
+    return {
+        "specversion": "1.0",
+        "id": event.id,
+        "source": quote(run_uri, safe=":/%"),
+        "type": f"scail.{event.type}",
+        "time": event.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "subject": event.subject,
+        "datacontenttype": "application/json",
+        "data": {"status": event.status.model_dump(mode="json"), **event.data},
+    }
+
+
+def signature(secret: str, timestamp: str, body: bytes) -> str:
+    """The signature header's value; a receiver computes it too and compares with `hmac.compare_digest`."""
+    return "sha256=" + hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+
+
+def clip_note(result: ClipResult) -> ClipNote:
+    rendered = result.metrics if result.status is ClipStatus.RENDERED else None
+    return ClipNote(
+        row=result.row,
+        clip_id=result.clip_id,
+        status=result.status,
+        video=result.video,
+        seconds=rendered and round(rendered.total_seconds, 3),
+        error_class=result.error_class,
+        message=result.message and result.message[:MAX_MESSAGE_CHARS],
+    )
+
+
+class _Courier(Generic[Item]):
+    """Delivers items one by one from a thread of its own; the oldest make way when too many wait.
+
+    The thread is a daemon: one that hangs in a library's call never keeps the process from ending.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        deliver: Callable[[Item], None],
+        *,
+        max_waiting: int,
+        pause_seconds: float = 0.0,
+        repeat_seconds: float | None = None,
+    ) -> None:
+        self._name = name
+        self._deliver = deliver
+        self._pause_seconds = pause_seconds
+        self._repeat_seconds = repeat_seconds
+        self._waiting: deque[Item] = deque(maxlen=max_waiting)
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._given_up = threading.Event()
+        self._is_failing = False
+        self.num_dropped = 0  # items that made way for newer ones
+        self._thread: threading.Thread | None = None
+
+    def send(self, item: Item) -> None:
+        with self._changed:
+            if self._is_closing:
+                return
+            self.num_dropped += len(self._waiting) == self._waiting.maxlen
+            self._waiting.append(item)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def close(self, timeout_seconds: float) -> None:
+        """Take no more, deliver what waits for so long at most, then give up."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        if self._thread is None:
+            return
+        self._thread.join(timeout_seconds)
+        self._given_up.set()
+        if self._thread.is_alive():
+            logger.warning(
+                "%s: not everything was delivered in %.0f s, the rest is dropped", self._name, timeout_seconds
+            )
+
+    def is_given_up_after(self, seconds: float) -> bool:
+        """Wait; true as soon as there is no more time for another try."""
+        return self._given_up.wait(seconds)
+
+    def _run(self) -> None:
+        last: Item | None = None
+        while not self._given_up.is_set():
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_closing, self._repeat_seconds)
+                if self._waiting:
+                    last = self._waiting.popleft()
+                elif self._is_closing:
+                    return
+            if last is not None:
+                self._deliver_one(last)
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closing, self._pause_seconds)
+
+    def _deliver_one(self, item: Item) -> None:
+        try:
+            self._deliver(item)
+        except Exception as error:  # noqa: BLE001  # whatever it is, a run must not suffer from it
+            level = logging.DEBUG if self._is_failing else logging.WARNING  # said once, not at every clip
+            logger.log(level, "%s: %s", self._name, error)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+
+def _without_raising(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001  # a notifier's failure is never a clip's or a run's
+        logger.warning("a notifier failed: %r", error)
