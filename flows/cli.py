@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from tasks import cluster
 from tasks.checkpoint import inspect_checkpoint, write_demo_checkpoint
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast
@@ -30,6 +31,12 @@ CheckpointOption = Annotated[str | None, typer.Option(help="Checkpoint folder. [
 ProfileOption = Annotated[str | None, typer.Option(help="Sampling profile of rows that name none.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Take only the first rows.")]
 SkipInvalidOption = Annotated[bool, typer.Option("--skip-invalid", help="Render the good rows, report the others.")]
+WorkersOption = Annotated[
+    str | None,
+    typer.Option(
+        help="`local`, a number of processes, or a Dask scheduler's tcp://host:port. [default: SCAIL_WORKERS]"
+    ),
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our own log.")]
 
 
@@ -47,6 +54,7 @@ def render(
     profile: ProfileOption = None,
     limit: LimitOption = None,
     skip_invalid: SkipInvalidOption = False,
+    workers: WorkersOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and render nothing.")] = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -57,6 +65,7 @@ def render(
     try:
         read_rows(manifest, skip_invalid=skip_invalid, limit=limit)  # the flow asks again; here a refusal is instant
         model = inspect_checkpoint(checkpoint or Settings().checkpoint)
+        where = cluster.parse_workers(workers or Settings().workers)
     except RefusedError as error:
         _refuse(error)
     if model.notice:
@@ -67,8 +76,12 @@ def render(
     from flows.render_manifest import render_manifest
     from tasks.results import Summary
 
-    with progress_bars(err):
-        state = render_manifest(manifest, output, model.path, profile, limit, skip_invalid, return_state=True)
+    on_workers = render_manifest.with_options(task_runner=cluster.task_runner(where, model.path))
+    try:
+        with progress_bars(err), cluster.shared_prefect_api(where):
+            state = on_workers(manifest, output, model.path, profile, limit, skip_invalid, return_state=True)
+    except RefusedError as error:
+        _refuse(error)
     result = state.result(raise_on_failure=False)
     if isinstance(result, RefusedError):
         _refuse(result)
@@ -114,6 +127,23 @@ def check(
     out.print(_plan_line(plan, rows), markup=False)
     failed = rows.invalid or any(result.status == "failed" for result in plan.settled)
     raise typer.Exit(ExitCode.SOME_FAILED if failed else ExitCode.OK)
+
+
+@app.command()
+def worker(
+    scheduler: Annotated[str, typer.Argument(help="Address of the Dask scheduler, tcp://host:port.")],
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Render for a Dask cluster: one process per visible GPU, each with the model loaded, until told to end."""
+    from tasks.worker import keep_workers, worker_specs
+
+    try:
+        cluster.check_address(scheduler)
+        model = inspect_checkpoint(checkpoint or Settings().checkpoint)
+    except RefusedError as error:
+        _refuse(error)
+    specs = worker_specs(scheduler, checkpoint=model.path, gpus=cluster.visible_gpus())
+    keep_workers(scheduler, specs, say=lambda line: err.print(line, markup=False))
 
 
 @app.command()

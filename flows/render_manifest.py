@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import islice
+from functools import partial
 from typing import Any, cast
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks import storage
+from tasks import cluster, storage
+from tasks.attempts import cancelling_on_exit
 from tasks.checkpoint import CheckpointInfo, inspect_checkpoint
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
 from tasks.plan import Plan, plan_clips, read_rows, result_of
@@ -23,16 +22,15 @@ from tasks.render import render_clip, software_versions
 from tasks.report import write_report
 from tasks.results import RunInfo, Summary, closing_line, mark_success, write_results
 from tasks.settings import Settings
+from tasks.window import in_cache_order, run_window
 
 logger = logging.getLogger(__name__)
-
-NUM_WORKERS = 1  # this process; its one GPU renders one clip at a time
 
 
 @flow(
     name="render-manifest",
     flow_run_name="{manifest}",
-    task_runner=cast(Any, ThreadPoolTaskRunner(max_workers=NUM_WORKERS)),  # Prefect types it by one future's class
+    task_runner=cluster.configured_task_runner(),
     validate_parameters=True,
 )
 def render_manifest(
@@ -57,7 +55,7 @@ def render_manifest(
         A failed state when a row failed, otherwise a completed one; both hold the run's summary.
 
     Raises:
-        RefusedError: Before anything is rendered, if the manifest or the checkpoint cannot be used.
+        RefusedError: Before anything is rendered, if the manifest, the checkpoint or the workers cannot be used.
     """
     settings = Settings()
     started_at = datetime.now(UTC)
@@ -72,7 +70,7 @@ def render_manifest(
         threads=settings.planning_threads,
     )
     logger.info("%d clips to render, %d rows settled before", len(plan.jobs), len(plan.settled))
-    rendered = render_all(plan, output_uri=output, checkpoint=model.path)
+    rendered = render_all(plan, output_uri=output, checkpoint=model.path, settings=settings)
     results = sorted([*rows.invalid, *plan.settled, *rendered], key=lambda result: result.row)
     run = describe_run(manifest, output, model, results, started_at, settings)
     summary = publish_run(results, rows.columns, run)
@@ -80,32 +78,29 @@ def render_manifest(
     return (Completed if ok else Failed)(message=closing_line(summary, report_uri(run)), data=summary)
 
 
-def render_all(plan: Plan, *, output_uri: str, checkpoint: str) -> Iterator[ClipResult]:
-    """The result of every row of the plan that has to be rendered, as they come.
+def render_all(plan: Plan, *, output_uri: str, checkpoint: str, settings: Settings) -> Iterator[ClipResult]:
+    """The result of every row of the plan that has to be rendered, as they come."""
+    if not plan.jobs:
+        return
+    num_slots = cluster.slots()
+    run_id = flow_run.id
+    submit = partial(
+        render_clip.submit,
+        output_uri=output_uri,
+        run_id=run_id,
+        checkpoint=checkpoint if cluster.renders_here() else None,
+    )
+    with cancelling_on_exit(output_uri, run_id, policy=settings.storage_policy()):
+        for job, outcome in run_window(in_cache_order(plan.jobs), cast(Any, submit), num_slots):
+            result = outcome if isinstance(outcome, ClipResult) else failed_result(job, outcome)
+            yield result
+            yield from (twin_result(result, job, twin) for twin in plan.twins.get(job.key, ()))
 
-    No more clips are submitted than there are workers, and a future is dropped once it was read: a run of any length
-    holds a handful of them, and a cluster that loses a worker has no finished task to compute again.
-    """
-    waiting, live = iter(plan.jobs), dict[PrefectFuture[ClipResult], ClipJob]()
-    while True:
-        for job in islice(waiting, NUM_WORKERS - len(live)):
-            live[render_clip.submit(job, output_uri=output_uri, checkpoint=checkpoint)] = job
-        if not live:
-            return
-        future = next(as_completed(list(live)))
-        job = live.pop(future)
-        result = outcome(job, future)
-        yield result
-        yield from (twin_result(result, job, twin) for twin in plan.twins.get(job.key, ()))
 
-
-def outcome(job: ClipJob, future: PrefectFuture[ClipResult]) -> ClipResult:
-    """A clip's result, whatever became of its task: one failing row never stops the others."""
-    try:
-        return future.result()
-    except Exception as error:  # noqa: BLE001  # what it means for the row is decided by its class, here
-        logger.warning("%s (line %d) failed: %s", job.clip_id, job.request.row, error)
-        return result_of(job.request, ClipStatus.FAILED).failed_by(error)
+def failed_result(job: ClipJob, error: Exception) -> ClipResult:
+    """The row of a clip that could not be rendered: one failing row never stops the others."""
+    logger.warning("%s (line %d) failed: %s", job.clip_id, job.request.row, error)
+    return result_of(job.request, ClipStatus.FAILED).failed_by(error)
 
 
 def twin_result(result: ClipResult, job: ClipJob, twin: ClipRequest) -> ClipResult:

@@ -107,11 +107,18 @@ def num_tokens(config: TransformerConfig, shape: LatentShape) -> int:
 
 def forward_flop(config: TransformerConfig, shape: LatentShape) -> float:
     """Multiplications and additions of one forward; keys and values of the cross-attentions are not part of it."""
-    length, size = num_tokens(config, shape), config.hidden_size
+    length = num_tokens(config, shape)
+    num_video = shape.num_frames * shape.height * shape.width // config.patch_size**2
+    last = _block_flop(config, length, num_queries=num_video)
+    return float((config.num_layers - 1) * _block_flop(config, length, num_queries=length) + last)
+
+
+def _block_flop(config: TransformerConfig, length: int, *, num_queries: int) -> int:
+    size = config.hidden_size
     num_context = 512 + 257
-    linears = 2 * length * size * (3 * size + size + 2 * size + 2 * config.ffn_size)
-    attentions = 4 * length * size * (length + num_context)
-    return float(config.num_layers * (linears + attentions))
+    linears = 2 * length * size * 3 * size + 2 * num_queries * size * (3 * size + 2 * config.ffn_size)
+    attentions = 4 * num_queries * size * (length + num_context)
+    return linears + attentions
 
 
 def matmul_flop_per_second(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> float:

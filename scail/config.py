@@ -116,6 +116,34 @@ SCAIL_TINY = ModelConfig(  # tests and the first demo, runs on a CPU; its weight
     ),
 )
 
+SCAIL_MINI = ModelConfig(  # the same network, trained by `scail.mini`; 20 MB in half precision
+    name="SCAIL_MINI",
+    transformer=replace(
+        SCAIL_14B.transformer,
+        num_layers=6,
+        hidden_size=256,
+        num_heads=4,
+        ffn_size=512,
+        text_size=64,
+        image_size=64,
+        time_freq_size=128,
+    ),
+    vae=replace(SCAIL_14B.vae, base_size=24, channel_multipliers=(1, 2, 3, 3), num_res_blocks=1),
+    text_encoder=replace(
+        SCAIL_14B.text_encoder,
+        vocab_size=384,
+        hidden_size=64,
+        attention_size=64,
+        ffn_size=128,
+        num_heads=4,
+        num_layers=2,
+        max_length=128,
+    ),
+    image_encoder=replace(
+        SCAIL_14B.image_encoder, image_size=112, hidden_size=64, ffn_size=128, num_heads=4, num_layers=3
+    ),
+)
+
 
 @dataclass(frozen=True)
 class SamplingParams:

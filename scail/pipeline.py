@@ -20,11 +20,12 @@ from scail.checkpoint import (
     load_vae,
 )
 from scail.config import MAX_FRAMES, QUALITY, SamplingParams
+from scail.encodings import EncodingCache
 from scail.errors import InvalidInputError, OutOfMemoryError
 from scail.geometry import check_size, target_size
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
-from scail.models.transformer import PreparedConditioning, ScailTransformer
+from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
 from scail.sampling import denoise, flow_sigmas, guide
 from scail.timing import StageClock
@@ -83,6 +84,7 @@ class ScailPipeline:
         params: SamplingParams = QUALITY,
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        encodings: EncodingCache | None = None,
     ) -> ScailOutput:
         """Render one clip.
 
@@ -95,32 +97,39 @@ class ScailPipeline:
             params: Steps, guidance, shift, seed.
             size: (height, width), multiples of 32; the official rule by the reference's orientation if absent.
             on_step: Called after each step with the steps done and their number; it may raise `Interrupted`.
+            encodings: Of earlier clips; what this one shares with them is not encoded again.
 
         Raises:
             InvalidInputError: Before anything slow runs, if sizes, types or frame counts do not fit.
             OutOfMemoryError: If the device has too little memory.
             GenerationError: If the latents are not finite.
         """
+        _check_pictures(reference, pose)
         height, width = size or target_size(*reference.shape[:2])
-        _check_inputs(reference, pose, height, width)
+        check_size(height, width)
+        sigmas = flow_sigmas(params.num_inference_steps, params.shift)
         shape = LatentShape.of_clip(len(pose), height, width)
+        encode = (encodings or EncodingCache(max_bytes=0)).get
         clock = StageClock(self.device)
         try:
             with clock.stage("preprocess"):
                 reference_pixels = preprocess.reference_pixels(reference, height, width)
                 pose_pixels = preprocess.pose_pixels(pose, height, width)
             with clock.stage("encode_text"):
-                context = self.encode_prompt(prompt)
-                negative_context = self.encode_prompt(negative_prompt) if params.guidance_scale > 1 else None
+                context = encode("prompt", self.encode_prompt, prompt)
+                guided = params.guidance_scale > 1
+                negative_context = encode("negative_prompt", self.encode_prompt, negative_prompt) if guided else None
             with clock.stage("encode_image"):
-                image_embeds = self.encode_image(reference_pixels)
-                reference_latents = self.encode_latents(reference_pixels)
+                image_embeds = encode("image", self.encode_image, reference_pixels)
+                reference_latents = encode("reference", self.encode_latents, reference_pixels)
             with clock.stage("encode_pose"):
-                pose_latents = self.encode_latents(pose_pixels)
+                pose_latents = encode("pose", self.encode_latents, pose_pixels)
             with clock.stage("denoise"):
                 conditioning = Conditioning(context, image_embeds, reference_latents, pose_latents)
                 noise = seeded_noise(shape, params.seed)
-                latents = self.generate(conditioning, negative_context, noise, params, on_step)
+                latents = self.generate(
+                    conditioning, negative_context, noise, sigmas, guidance_scale=params.guidance_scale, on_step=on_step
+                )
             with clock.stage("decode_latents"):
                 frames = self.decode(latents)
         except torch.OutOfMemoryError as error:
@@ -151,28 +160,29 @@ class ScailPipeline:
         conditioning: Conditioning,
         negative_context: Tensor | None,
         noise: Tensor,
-        params: SamplingParams,
+        sigmas: Tensor,
+        *,
+        guidance_scale: float,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents, float32 (1, 16, f, h, w), from noise of that shape; no guidance without a negative context."""
         prepared = self.transformer.prepare(conditioning)
-        negative = None if negative_context is None else self.transformer.with_context(prepared, negative_context)
+        sides = [prepared]
+        if negative_context is not None:
+            sides.insert(0, self.transformer.with_context(prepared, negative_context))
 
         def predict_velocity(latents: Tensor, timestep: Tensor) -> Tensor:
-            conditional = self._velocity(latents, timestep, prepared)
-            if negative is None:
-                return conditional
-            return guide(self._velocity(latents, timestep, negative), conditional, params.guidance_scale)
+            velocities = self.transformer.velocities(latents.to(self.dtype), timestep[None], sides)
+            if len(velocities) == 1:
+                return velocities[0].float()
+            unconditional, conditional = (velocity.float() for velocity in velocities)
+            return guide(unconditional, conditional, guidance_scale)
 
-        sigmas = flow_sigmas(params.num_inference_steps, params.shift)
         return denoise(predict_velocity, noise.to(self.device), sigmas, on_step)
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """uint8 (F', H, W, 3) frames of latents (1, 16, f, h, w)."""
         return preprocess.to_frames(self.vae.decode(latents))
-
-    def _velocity(self, latents: Tensor, timestep: Tensor, prepared: PreparedConditioning) -> Tensor:
-        return self.transformer(latents.to(self.dtype), timestep[None], prepared).float()
 
 
 def seeded_noise(shape: LatentShape, seed: int) -> Tensor:
@@ -181,8 +191,7 @@ def seeded_noise(shape: LatentShape, seed: int) -> Tensor:
     return torch.randn(1, 16, shape.num_frames, shape.height, shape.width, generator=generator)
 
 
-def _check_inputs(reference: NDArray[np.uint8], pose: NDArray[np.uint8], height: int, width: int) -> None:
-    check_size(height, width)
+def _check_pictures(reference: NDArray[np.uint8], pose: NDArray[np.uint8]) -> None:
     for name, array, num_axes in (("reference", reference, 3), ("pose", pose, 4)):
         if array.dtype != np.uint8 or array.ndim != num_axes or array.shape[-1] != 3 or 0 in array.shape:
             axes = "(H, W, 3)" if num_axes == 3 else "(F, H, W, 3)"

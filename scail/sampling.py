@@ -24,12 +24,14 @@ def flow_sigmas(num_inference_steps: int, shift: float) -> Tensor:
         Float32 tensor of shape (N + 1,), falling from 1.0 to 0.0.
 
     Raises:
-        InvalidInputError: If `num_inference_steps` is not positive.
+        InvalidInputError: If `num_inference_steps` or `shift` is not positive.
 
     Source: `make_flow_timesteps` in zai-org/SCAIL, sgm/modules/diffusionmodules/sampling.py:888.
     """
     if num_inference_steps < 1:
         raise InvalidInputError(f"num_inference_steps is {num_inference_steps}; at least 1 is needed.")
+    if not shift > 0:
+        raise InvalidInputError(f"shift is {shift}; it must be positive, 1 leaves the schedule as it is.")
     time = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)  # 0 is noise, 1 is data
     return 1 - (time / (shift - (shift - 1) * time)).float()  # this order of rounding gives the official bits
 

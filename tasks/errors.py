@@ -35,7 +35,9 @@ MAX_ATTEMPTS = 3
 RETRY_DELAYS_SECONDS = [2.0, 8.0]  # before the second and the third attempt; Prefect adds the jitter
 RETRY_JITTER = 0.5
 
-_LOST_WORKER = frozenset({"KilledWorker", "NoValidWorkerError", "FutureCancelledError", "CommClosedError", "CrashedRun"})
+_LOST_WORKER = frozenset(
+    {"KilledWorker", "NoValidWorkerError", "FutureCancelledError", "CommClosedError", "CrashedRun"}
+)
 
 
 class RefusedError(Exception):
@@ -92,26 +94,19 @@ class Policy:
     max_attempts: int = 1
 
 
-_NEVER = Policy(Where.NOWHERE)
-_ELSEWHERE = Policy(Where.ANOTHER_WORKER)
-
-
 def policy_for(error: BaseException) -> Policy:
     """The table at the top, in code."""
     match error:
-        case StorageError():
-            return Policy(Where.SAME_WORKER, MAX_ATTEMPTS) if error.transient else _NEVER
-        case ScratchFullError():
+        case StorageError(transient=True) | ScratchFullError():
             return Policy(Where.SAME_WORKER, MAX_ATTEMPTS)
         case OutOfMemoryError() | GenerationError():
             return Policy(Where.SAME_WORKER, 2)
         case RunCancelledError():
-            return _NEVER
-        case DeviceFaultError() | Interrupted():
-            return _ELSEWHERE
-        case asyncio.CancelledError() | concurrent.futures.CancelledError():
-            return _ELSEWHERE
-    return _ELSEWHERE if type(error).__name__ in _LOST_WORKER else _NEVER  # by name: Dask may not be installed
+            return Policy(Where.NOWHERE)
+        case DeviceFaultError() | Interrupted() | asyncio.CancelledError() | concurrent.futures.CancelledError():
+            return Policy(Where.ANOTHER_WORKER)
+    lost = type(error).__name__ in _LOST_WORKER  # by name: Dask may not be installed
+    return Policy(Where.ANOTHER_WORKER if lost else Where.NOWHERE)
 
 
 def retry_here(_task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+# Of these, the next clip's and the last one's go on while a clip is on the GPU: they cost no GPU time of their own.
+OFF_GPU_STAGES = frozenset({"fetch", "decode", "wait", "encode_mp4", "publish"})
+
+
+def gpu_seconds(seconds_by_stage: Mapping[str, float]) -> float:
+    """How long a clip held a GPU."""
+    return sum(seconds for stage, seconds in seconds_by_stage.items() if stage not in OFF_GPU_STAGES)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scail.config import DEFAULT_SIZE, MAX_FRAMES, SPATIAL_STRIDE, TEMPORAL_STRIDE, SamplingParams
 from tasks import storage
-from tasks.figures import cost_of, duration, percentile, time_name
+from tasks.figures import cost_of, duration, gpu_seconds, percentile, time_name
 from tasks.jobs import ClipMetrics, ClipRequest
 from tasks.storage import StorageError, StoragePolicy
 
@@ -56,7 +56,7 @@ class Timing(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     denoise_seconds: float
-    other_seconds: float
+    other_seconds: float  # on the GPU too
     finished_at: str
 
     @property
@@ -75,7 +75,7 @@ class Work(NamedTuple):
 
 
 class Law(NamedTuple):
-    """Seconds of a clip: `forwards × (a · tokens + b · tokens²) + c + d · megapixels`."""
+    """Seconds for which a clip holds the device: `forwards × (a · tokens + b · tokens²) + c + d · megapixels`."""
 
     per_token: float
     per_pair: float
@@ -91,7 +91,7 @@ class _Measured(NamedTuple):
     """One full-size clip of a checkpoint on a device that we measured ourselves."""
 
     forward_seconds: float
-    other_seconds: float
+    other_seconds: float  # on the GPU too
 
     def law(self) -> Law:
         denoise = [self.forward_seconds * share for share in _DENOISE_PRIOR]
@@ -170,9 +170,7 @@ def forecast_clips(
     else:
         name, measured = _measurement(model_name, device)
         if measured is None:
-            basis = (
-                f"no earlier clip of this checkpoint{f' on {device}' if device else ''}, nothing measured to guess from"
-            )
+            basis = f"no earlier clip of this checkpoint{f' on {device}' if device else ''} to learn from"
             return Forecast(len(clips), None, None, None, price_per_gpu_hour, basis)
         law, spread = measured.law(), None
         basis = (
@@ -260,7 +258,7 @@ def _timing(metrics: ClipMetrics) -> Timing:
         num_inference_steps=metrics.params.num_inference_steps,
         guidance_scale=metrics.params.guidance_scale,
         denoise_seconds=denoise_seconds,
-        other_seconds=max(0.0, metrics.total_seconds - denoise_seconds),
+        other_seconds=max(0.0, gpu_seconds(metrics.seconds) - denoise_seconds),
         finished_at=metrics.finished_at,
     )
 

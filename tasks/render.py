@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -15,24 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import task_run
 
+from scail.errors import OutOfMemoryError
 from scail.ffmpeg_process import ffmpeg_version, find_ffmpeg
 from tasks import errors, storage
+from tasks.attempts import OpenAttempt, open_attempt
 from tasks.inputs import ClipInputs, decode_inputs, fetch_inputs
-from tasks.jobs import ClipJob, ClipMetrics, ClipResult, ClipStatus, DoneRecord
+from tasks.jobs import Attempt, AttemptStage, ClipJob, ClipMetrics, ClipResult, ClipStatus, DoneRecord
 from tasks.plan import find_done, result_of
 from tasks.progress import progress_sink
-from tasks.resident import load_pipeline
+from tasks.resident import load_encodings, load_pipeline, release_memory
+from tasks.scratch import clip_scratch
 from tasks.settings import Settings
+from tasks.turns import Turn
+from tasks.watchdog import time_limit
+from tasks.worker import in_dask_worker, replace_process
 
 if TYPE_CHECKING:
     import torch
     from pydantic import BaseModel
 
-    from scail import ScailOutput
+    from scail import ScailOutput, ScailPipeline
 
 logger = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int], None]  # stage, units done, units in all
 
 VIDEO, POSTER, METRICS = "video.mp4", "poster.jpg", "metrics.json"
 
@@ -44,75 +53,147 @@ VIDEO, POSTER, METRICS = "video.mp4", "poster.jpg", "metrics.json"
     retries=errors.MAX_ATTEMPTS - 1,
     retry_delay_seconds=errors.RETRY_DELAYS_SECONDS,
     retry_jitter_factor=errors.RETRY_JITTER,
-    retry_condition_fn=errors.retry_if_transient,
+    retry_condition_fn=errors.retry_here,
 )
-def render_clip(job: ClipJob, *, output_uri: str, checkpoint: str) -> ClipResult:
+def render_clip(job: ClipJob, *, output_uri: str, run_id: str, checkpoint: str | None = None) -> ClipResult | None:
     """Render and publish one clip, unless a done record says that somebody has.
-
-    What was rendered stays in scratch until it is published, so that an attempt after a failed publication does
-    not render again.
 
     Args:
         job: What to render.
         output_uri: The folder of all clips.
-        checkpoint: Local checkpoint folder; its fingerprint must be the job's.
+        run_id: Of the flow run that asks.
+        checkpoint: Local checkpoint folder, by default this machine's own; its fingerprint must be the job's.
+
+    Returns:
+        The clip's result; None while another run renders it.
 
     Raises:
         InvalidInputError: If the reference or the pose cannot be used; the message names row and column.
         CheckpointError: If the model cannot be loaded or is not the one that the job was planned for.
-        StorageError: If a file cannot be read or written; `transient` ones are tried again.
+        StorageError: If a file cannot be read or written.
+        TooManyStartsError: If the clip has taken too many workers with it.
     """
     settings = Settings()
-    result = result_of(job.request, ClipStatus.RENDERED)
     if done := find_done(output_uri, job.key, policy=settings.storage_policy()):
-        return result.of_done(*done, output_uri)
-    scratch_dir = settings.scratch_dir / job.key
-    clip_dir = scratch_dir / "clip"
+        return result_of_earlier(job, *done, output_uri=output_uri, run_id=run_id)
     try:
-        if not (clip_dir / METRICS).exists():
-            render_to_folder(job, clip_dir, checkpoint=checkpoint, settings=settings)
-        record, metrics = publish_clip(job, clip_dir, output_uri, settings)
-    except BaseException as error:
-        if not errors.is_transient(error):
-            shutil.rmtree(scratch_dir, ignore_errors=True)
+        with (
+            open_attempt(output_uri, job.key, run_id=run_id, settings=settings) as attempt,
+            clip_scratch(settings.scratch_dir, job.key, min_free_bytes=settings.min_free_scratch_bytes) as folder,
+        ):
+            if not (folder / METRICS).exists():
+                render_to_folder(job, folder, attempt, checkpoint=checkpoint or settings.checkpoint, settings=settings)
+            attempt.enter(AttemptStage.PUBLISHING)
+            attempt.confirm()
+            with time_limit(settings.stage_limit_seconds):
+                record, metrics = publish_clip(job, folder, attempt.log, output_uri, settings)
+    except errors.RenderedElsewhereError:
+        return None
+    except Exception as error:
+        recover_from(error)
         raise
-    shutil.rmtree(scratch_dir, ignore_errors=True)
-    progress_sink.get()(job.clip_id, "done", 0, 0)
-    return result.of_done(record, metrics, output_uri)
+    reporter(job)("done", 0, 0)
+    return result_of(job.request, ClipStatus.RENDERED).of_done(record, metrics, output_uri)
 
 
-def render_to_folder(job: ClipJob, clip_dir: Path, *, checkpoint: str, settings: Settings) -> None:
-    """Leave video, poster and, last, the metrics of a clip in a local folder."""
-    from scail.timing import StageClock
+def result_of_earlier(
+    job: ClipJob, record: DoneRecord, metrics: ClipMetrics, *, output_uri: str, run_id: str
+) -> ClipResult:
+    """The result of a clip that was published since the run was planned: by the run itself, or by another one."""
+    ours = bool(metrics.attempt_log) and metrics.attempt_log[-1].run_id == run_id
+    status = ClipStatus.RENDERED if ours else ClipStatus.SKIPPED
+    return result_of(job.request, status).of_done(record, metrics, output_uri)
+
+
+def render_to_folder(
+    job: ClipJob, clip_dir: Path, attempt: OpenAttempt, *, checkpoint: str, settings: Settings
+) -> None:
+    """Leave video, poster and, last, the metrics of a clip in a local folder.
+
+    While this clip is on the GPU the next one is prepared, and the one before it encoded and published.
+    """
     from scail.video import encode_video, write_poster
 
-    request, policy = job.request, settings.storage_policy()
-    report = partial(progress_sink.get(), job.clip_id)
-    pipeline = load_pipeline(checkpoint, job.checkpoint_fingerprint, settings.device, settings.dtype)
-    clock = StageClock(pipeline.device)
-    clip_dir.mkdir(parents=True, exist_ok=True)
-    with clock.stage("fetch"):
-        report("fetch", 0, 0)
-        paths = fetch_inputs(job, clip_dir.parent, policy=policy)
-    with clock.stage("decode"):
-        report("decode", 0, 0)
-        inputs = decode_inputs(paths, job, ffmpeg=settings.ffmpeg)
-    output = pipeline(
-        inputs.reference,
-        inputs.pose,
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        params=job.params,
-        size=request.size,
-        on_step=partial(report, "denoise"),
-    )
-    clock.seconds |= output.seconds
-    with clock.stage("encode_mp4"):
-        report("encode_mp4", 0, 0)
+    limit = partial(time_limit, settings.stage_limit_seconds)
+    report = reporter(job)
+    seconds: dict[str, float] = {}
+    with Turn() as turn:
+        with limit():
+            pipeline = load_pipeline(checkpoint, job.checkpoint_fingerprint, settings.device, settings.dtype)
+            inputs = prepare(job, clip_dir, report, seconds, settings=settings)
+        turn.compute()
+        attempt.enter(AttemptStage.COMPUTING)
+        with limit():
+            output, cache_hits = compute(pipeline, job, inputs, attempt, report, settings=settings)
+    seconds |= output.seconds
+    with limit(), cpu_stage("encode_mp4", report, seconds):
         encode_video(clip_dir / VIDEO, output.frames, fps=inputs.fps, metadata=provenance(job), ffmpeg=settings.ffmpeg)
         write_poster(clip_dir / POSTER, output.frames[len(output.frames) // 2])
-    metrics = clip_metrics(job, inputs, output, seconds=clock.seconds, device=pipeline.device)
+    metrics = clip_metrics(job, inputs, output, seconds=seconds, cache_hits=cache_hits, device=pipeline.device)
     (clip_dir / METRICS).write_bytes(_json(metrics))
+
+
+def prepare(
+    job: ClipJob, scratch_dir: Path, report: Report, seconds: dict[str, float], *, settings: Settings
+) -> ClipInputs:
+    """A clip's pictures, on this machine and decoded."""
+    with cpu_stage("fetch", report, seconds):
+        paths = fetch_inputs(job, scratch_dir, policy=settings.storage_policy())
+    with cpu_stage("decode", report, seconds):
+        return decode_inputs(paths, job, ffmpeg=settings.ffmpeg)
+
+
+def compute(
+    pipeline: ScailPipeline,
+    job: ClipJob,
+    inputs: ClipInputs,
+    attempt: OpenAttempt,
+    report: Report,
+    *,
+    settings: Settings,
+) -> tuple[ScailOutput, tuple[str, ...]]:
+    """The rendered clip, and which encodings it shared with earlier ones."""
+
+    def on_step(done: int, total: int) -> None:
+        report("denoise", done, total)
+        attempt.check()
+
+    encodings = load_encodings(job.checkpoint_fingerprint, settings.encoding_cache_bytes)
+    encodings.begin_clip()
+    with errors.device_faults_named():
+        output = pipeline(
+            inputs.reference,
+            inputs.pose,
+            job.request.prompt,
+            negative_prompt=job.request.negative_prompt,
+            params=job.params,
+            size=job.request.size,
+            on_step=on_step,
+            encodings=encodings,
+        )
+    return output, tuple(encodings.hits)
+
+
+def reporter(job: ClipJob) -> Report:
+    """Says how far a clip is. A function, since Dask pickles the task's own code, and no context variable can be."""
+    return partial(progress_sink.get(), job.clip_id)
+
+
+@contextmanager
+def cpu_stage(name: str, report: Report, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a stage and take its time, without waiting for the GPU: that is at work on another clip."""
+    report(name, 0, 0)
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def recover_from(error: Exception) -> None:
+    """Leave the process fit for the next clip, or end it where nothing else helps."""
+    if isinstance(error, OutOfMemoryError):
+        release_memory()
+    if isinstance(error, errors.DeviceFaultError) and in_dask_worker():
+        replace_process()
 
 
 def provenance(job: ClipJob) -> dict[str, Any]:
@@ -134,6 +215,7 @@ def clip_metrics(
     output: ScailOutput,
     *,
     seconds: dict[str, float],
+    cache_hits: tuple[str, ...],
     device: torch.device,
 ) -> ClipMetrics:
     """Everything that is known about a clip once its video is encoded."""
@@ -160,7 +242,8 @@ def clip_metrics(
         pose_kept_share=inputs.pose_kept_share,
         seconds=seconds,
         peak_memory_gib=output.peak_memory_gib,
-        attempts=task_run.run_count or 1,
+        attempts=1,  # with the log of all of them, once the clip is published
+        cache_hits=cache_hits,
         device=torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
         checkpoint_fingerprint=job.checkpoint_fingerprint,
         versions=software_versions(),
@@ -168,7 +251,9 @@ def clip_metrics(
     )
 
 
-def publish_clip(job: ClipJob, clip_dir: Path, output_uri: str, settings: Settings) -> tuple[DoneRecord, ClipMetrics]:
+def publish_clip(
+    job: ClipJob, clip_dir: Path, attempts: tuple[Attempt, ...], output_uri: str, settings: Settings
+) -> tuple[DoneRecord, ClipMetrics]:
     """Media, then metrics, then the done record: whoever is stopped in between leaves nothing that looks whole."""
     policy = settings.storage_policy()
     folder = f"clips/{job.clip_id}"
@@ -180,7 +265,7 @@ def publish_clip(job: ClipJob, clip_dir: Path, output_uri: str, settings: Settin
         storage.publish_file(clip_dir / name, storage.join(output_uri, folder, name), policy=policy)
     metrics = ClipMetrics.model_validate_json((clip_dir / METRICS).read_bytes())
     seconds = metrics.seconds | {"publish": (datetime.now(UTC) - start).total_seconds()}
-    metrics = metrics.model_copy(update={"seconds": seconds})
+    metrics = metrics.model_copy(update={"seconds": seconds, "attempts": len(attempts), "attempt_log": attempts})
     storage.publish_bytes(metrics_uri, _json(metrics), policy=policy)
     video = (clip_dir / VIDEO).read_bytes()
     record = DoneRecord(

@@ -20,13 +20,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from scail.errors import InvalidInputError
 from tasks import storage
+from tasks.figures import duration, time_name
 from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
 from tasks.manifest import resolve_reference
 from tasks.results import Summary
 
 REPORT = "report.html"
 NUM_COLOURS = 12  # of stages, in the template
+MAX_CARDS = 1000  # a page of more is megabytes that no browser likes; rows without a clip come first
+MAX_TROUBLES = 100  # listed on top of the page
 
+_FILES = ("results.csv", "results.jsonl", "summary.json")
+
+_TROUBLED = (ClipStatus.FAILED, ClipStatus.INVALID)
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
 _VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv", ".m4v"}
 
@@ -81,16 +87,27 @@ def write_report(results: Sequence[ClipResult], *, summary: Summary, run_dir_uri
         StorageError: If a page cannot be written.
     """
     for page_dir_uri in (run_dir_uri, output_uri):
-        page = render_report(results, summary=summary, page_dir_uri=page_dir_uri)
+        page = render_report(results, summary=summary, page_dir_uri=page_dir_uri, run_dir_uri=run_dir_uri)
         storage.publish_bytes(storage.join(page_dir_uri, REPORT), page.encode(), "text/html; charset=utf-8")
     return storage.join(output_uri, REPORT)
 
 
-def render_report(results: Sequence[ClipResult], *, summary: Summary, page_dir_uri: str) -> str:
-    """The page as HTML, with links for a page that lies in `page_dir_uri`."""
-    ordered = sorted(results, key=lambda result: result.row)
-    stages = list(dict.fromkeys([*summary.stage_seconds, *(stage for r in ordered for stage in _seconds(r))]))
-    cards = [_card(result, stages, summary.run.manifest_uri, page_dir_uri) for result in ordered]
+def render_report(
+    results: Sequence[ClipResult], *, summary: Summary, page_dir_uri: str, run_dir_uri: str | None = None
+) -> str:
+    """The page as HTML, with links for a page that lies in `page_dir_uri`.
+
+    Args:
+        results: One per row of the manifest, in any order.
+        summary: Of these results.
+        page_dir_uri: Where the page will lie.
+        run_dir_uri: Where the run's other files lie; None: the page does not link to them.
+    """
+    shown = _shown(results)
+    stages = list(dict.fromkeys([*summary.stage_seconds, *(stage for r in shown for stage in _seconds(r))]))
+    cards = [_card(result, stages, summary.run.manifest_uri, page_dir_uri) for result in shown]
+    troubled = [card for card in cards if card.result.status in _TROUBLED]
+    names = [*_FILES, *(["failures.csv"] if summary.num_in_failures_csv else [])] if run_dir_uri else []
     return (
         _environment()
         .get_template("report.html.j2")
@@ -98,11 +115,21 @@ def render_report(results: Sequence[ClipResult], *, summary: Summary, page_dir_u
             summary=summary,
             run=summary.run,
             cards=cards,
-            troubled=[card for card in cards if card.result.status in {ClipStatus.FAILED, ClipStatus.INVALID}],
+            num_rows=len(results),
+            troubled=troubled[:MAX_TROUBLES],
+            num_troubled=sum(result.status in _TROUBLED for result in results),
+            files={name: _link(storage.join(run_dir_uri or "", name), page_dir_uri) for name in names},
+            time_name=time_name(summary.run.device),
             colours={stage: number % NUM_COLOURS for number, stage in enumerate(stages)},
             statuses=[status for status in ClipStatus if summary.counts[status]],
         )
     )
+
+
+def _shown(results: Sequence[ClipResult]) -> list[ClipResult]:
+    """Every row in its order; of too many, those without a clip and then the first."""
+    by_need = sorted(results, key=lambda result: (result.status not in _TROUBLED, result.row))
+    return sorted(by_need[:MAX_CARDS], key=lambda result: result.row)
 
 
 def relative_href(uri: str, page_dir_uri: str) -> str | None:
@@ -212,15 +239,6 @@ def _environment() -> Environment:
     )
     environment.filters |= {"duration": duration, "moment": _moment, "script_hash": _script_hash}
     return environment
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: `48.2 s`, `3 min 12 s`, `2 h 05 min`."""
-    if seconds < 59.95:  # from here on, one decimal would read 60.0
-        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _moment(when: datetime) -> str:

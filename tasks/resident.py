@@ -1,4 +1,4 @@
-"""The model that stays in the process: loaded by the first clip, used by all.
+"""What stays in the process: the model, loaded by the first clip or before it, and the last clips' encodings.
 
 A module of its own, without a `@task`: a task's function travels to a Dask worker by value when its module is not
 installed there, and with it would travel an empty cache, so that every clip loaded the model again.
@@ -6,6 +6,7 @@ installed there, and with it would travel an empty cache, so that every clip loa
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from functools import lru_cache
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from scail import ScailPipeline
+    from scail.encodings import EncodingCache
 
 logger = logging.getLogger(__name__)
 
@@ -54,3 +56,21 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return torch.device(device), getattr(torch, dtype)
+
+
+@lru_cache(maxsize=1)
+def load_encodings(fingerprint: str, max_bytes: int) -> EncodingCache:  # noqa: ARG001 another model, other encodings
+    """The resident encodings of a model; for the clip whose turn on the GPU it is."""
+    from scail.encodings import EncodingCache
+
+    return EncodingCache(max_bytes)
+
+
+def release_memory() -> None:
+    """Give back to the GPU what no clip holds."""
+    import torch
+
+    load_encodings.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -25,7 +26,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from scail.errors import InvalidInputError
 from tasks import storage
-from tasks.figures import cost_of, percentile
+from tasks.figures import cost_of, gpu_seconds, percentile
 from tasks.forecast import TIMINGS, timings_of
 from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
 from tasks.manifest import URI_COLUMNS, RowProblem, resolve_reference
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_COLUMNS = ("status", "video", "seconds", "cost", "error_class", "message")
 SUCCESS = "_SUCCESS"
+WORKER_DIED = "WorkerDied"  # what an attempt is counted as that has no outcome
 
 _NOT_DONE = (ClipStatus.FAILED, ClipStatus.INVALID)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -75,12 +77,14 @@ class Summary(BaseModel):
 
     run: RunInfo
     counts: dict[ClipStatus, int]  # every status, also those that did not occur
-    gpu_seconds: float  # how long clips held a GPU, all their stages together
-    clip_seconds: Spread | None
+    gpu_seconds: float  # how long clips held a GPU; what goes on beside the GPU's work is not in it
+    clip_seconds: Spread | None  # all stages together
     stage_seconds: dict[str, Spread]  # in the order in which the stages run
     peak_memory_gib: float | None
     num_frames: int
     cost: float | None
+    attempts: dict[str, int] = {}  # by how they ended: `published`, the class of an error, or the worker's death
+    cache_hits: dict[str, int] = {}  # encodings that an earlier clip on the same worker had computed, by name
     num_in_failures_csv: int = 0  # rows that can be mended and rendered again
 
 
@@ -135,11 +139,12 @@ def summarise(results: Sequence[ClipResult], run: RunInfo) -> Summary:
     """Counts of all rows, and measurements of those that this run rendered."""
     rendered = _rendered_metrics(results)
     totals = [metrics.total_seconds for metrics in rendered]
+    on_gpu = sum(gpu_seconds(metrics.seconds) for metrics in rendered)
     stages = dict.fromkeys(stage for metrics in rendered for stage in metrics.seconds)
     return Summary(
         run=run,
         counts={status: sum(result.status is status for result in results) for status in ClipStatus},
-        gpu_seconds=sum(totals),
+        gpu_seconds=on_gpu,
         clip_seconds=_spread(totals) if totals else None,
         stage_seconds={
             stage: _spread([metrics.seconds[stage] for metrics in rendered if stage in metrics.seconds])
@@ -147,7 +152,9 @@ def summarise(results: Sequence[ClipResult], run: RunInfo) -> Summary:
         },
         peak_memory_gib=max((metrics.peak_memory_gib for metrics in rendered), default=None),
         num_frames=sum(metrics.num_frames for metrics in rendered),
-        cost=cost_of(sum(totals), run.price_per_gpu_hour),
+        cost=cost_of(on_gpu, run.price_per_gpu_hour),
+        attempts=_attempts(results, rendered),
+        cache_hits=dict(Counter(hit for metrics in rendered for hit in metrics.cache_hits)),
         num_in_failures_csv=sum(map(_is_mendable, results)),
     )
 
@@ -191,6 +198,16 @@ def _rendered_metrics(results: Iterable[ClipResult]) -> list[ClipMetrics]:
     return list(by_key.values())
 
 
+def _attempts(results: Iterable[ClipResult], rendered: Iterable[ClipMetrics]) -> dict[str, int]:
+    """How the attempts at this run's clips ended, also those that other runs had made before."""
+    outcomes = Counter(result.error_class for result in results if result.status is ClipStatus.FAILED)
+    for metrics in rendered:
+        outcomes.update(attempt.outcome or WORKER_DIED for attempt in metrics.attempt_log)
+        if not metrics.attempt_log:
+            outcomes.update(["published"])
+    return {outcome or "unknown": count for outcome, count in outcomes.most_common()}
+
+
 def _spread(values: Sequence[float]) -> Spread:
     return Spread(p50=percentile(values, 0.5), p90=percentile(values, 0.9), total=sum(values))
 
@@ -207,7 +224,7 @@ def _results_csv(results: Sequence[ClipResult], columns: Sequence[str], price: f
         seconds, cost = None, None
         if result.status is ClipStatus.RENDERED and result.metrics:
             seconds = result.metrics.total_seconds
-            cost = cost_of(seconds, price)
+            cost = cost_of(gpu_seconds(result.metrics.seconds), price)
         own_cells = (
             str(result.status),
             result.video or "",

@@ -53,7 +53,7 @@ def clip_scratch(scratch_dir: Path, key: str, *, min_free_bytes: int) -> Iterato
 def sweep_scratch(scratch_dir: Path, older_than_seconds: float = LEFTOVER_SECONDS) -> int:
     """Remove folders of processes that are gone; returns how many. Younger ones may be of use to another attempt."""
     oldest_kept, num_removed = time.time() - older_than_seconds, 0
-    for folder in scratch_dir.glob("*.*") if scratch_dir.is_dir() else ():
+    for folder in scratch_dir.glob("[0-9a-f]*.[0-9]*") if scratch_dir.is_dir() else ():
         with suppress(OSError):
             if folder.stat().st_mtime > oldest_kept or (lock := _try_lock(folder)) is None:
                 continue

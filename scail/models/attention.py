@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from scail.kernels.reference import FLOAT8, FLOAT8_MAX
+
 logger = logging.getLogger(__name__)
 
 # query (B, L, heads, head_size), key and value (B, M, heads, head_size) → (B, L, heads, head_size)
@@ -54,6 +56,42 @@ def flash_attention_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @flash_attention_3.register_fake
 def _(query: Tensor, _key: Tensor, _value: Tensor) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def flash_attention_3_float8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlashAttention-3 in float8, with a scale for each head, on keys and values without their mean.
+
+    A softmax does not see what all keys have in common, and what all values have in common passes it unchanged; so
+    both are taken out before the rounding, and the values' mean is added again, exactly.
+    """
+    value_mean = value.float().mean(dim=1, keepdim=True)
+    query8, query_scale = _quantize_heads(query.float())
+    key8, key_scale = _quantize_heads(key.float() - key.float().mean(dim=1, keepdim=True))
+    value8, value_scale = _quantize_heads(value.float() - value_mean)
+    out = _flash_attention_3_float8(query8, key8, value8, query_scale, key_scale, value_scale)
+    return (out + value_mean).to(query.dtype)
+
+
+def _quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8 (B, L, heads, head_size), and float32 (B, heads)."""
+    scales = x.abs().amax(dim=(1, 3)).clamp(min=1e-12) / FLOAT8_MAX
+    return (x / scales[:, None, :, None]).to(FLOAT8), scales
+
+
+@torch.library.custom_op("scail::flash_attention_3_float8", mutates_args=())
+def _flash_attention_3_float8(
+    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor
+) -> Tensor:
+    from fa3_fwd_interface import flash_attn_func
+
+    out = flash_attn_func(query, key, value, q_descale=query_scale, k_descale=key_scale, v_descale=value_scale)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+@_flash_attention_3_float8.register_fake
+def _(query: Tensor, *_others: Tensor) -> Tensor:
+    return torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
 
 
 BACKENDS: dict[str, Attention] = {"flash_attention_3": flash_attention_3, "cudnn": cudnn, "sdpa": sdpa}  # best first

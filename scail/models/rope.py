@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scail.config import TransformerConfig
+from scail.kernels.reference import rotate_pairs
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ def pose_rotary(config: TransformerConfig, num_frames: int, height: int, width: 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate the pairs of `x` (B, L, heads, head_size); computed in float32, returned in the dtype of `x`."""
-    even, odd = rearrange(x.float(), "... (pairs two) -> two ... pairs", two=2)
-    cos, sin = table.cos[:, None].float(), table.sin[:, None].float()  # (L, 1, head_size / 2)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    return rotate_pairs(x, table.cos, table.sin)
 
 
 def _grid_angles(config: TransformerConfig, frames: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

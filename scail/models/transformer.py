@@ -11,7 +11,7 @@ Source: zai-org/SCAIL, the DiT and its mixins; sizes and names of the weights in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -22,8 +22,11 @@ from torch import Tensor, nn
 
 from scail.config import TransformerConfig
 from scail.errors import InvalidInputError
+from scail.kernels import qk_norm_rotary
+from scail.kernels.reference import layer_norm_modulate, rms_norm
+from scail.memory import ensure_on
 from scail.models.attention import BACKENDS, Attention, sdpa
-from scail.models.rope import RotaryTable, apply_rotary, rotary_table
+from scail.models.rope import RotaryTable, rotary_table
 from scail.types import Conditioning
 
 
@@ -48,6 +51,10 @@ class PreparedConditioning:
     rotary: RotaryTable
     text: tuple[KeyValue, ...]  # one for each block
     image: tuple[KeyValue, ...]
+    grid: tuple[int, int, int]  # latent frames, height and width that all of this is for
+
+    def of_block(self, index: int) -> tuple[KeyValue, KeyValue]:
+        return self.text[index], self.image[index]
 
 
 class ScailTransformer(nn.Module):
@@ -78,7 +85,7 @@ class ScailTransformer(nn.Module):
 
     def use_attention(self, backend: str) -> None:
         """Take a backend of `scail.models.attention` for every softmax; it is `sdpa` until then."""
-        for block in self._blocks():
+        for block in self.transformer_blocks():
             block.self_attn.attend = block.cross_attn.attend = BACKENDS[backend]
 
     def prepare(self, conditioning: Conditioning) -> PreparedConditioning:
@@ -87,6 +94,7 @@ class ScailTransformer(nn.Module):
         reference, pose = conditioning.reference_latents, conditioning.pose_latents
         num_frames, (height, width) = pose.shape[2], reference.shape[-2:]
         _check_shapes(reference, pose)
+        ensure_on(self, reference.device)
         rotary = rotary_table(config, num_frames, height // config.patch_size, width // config.patch_size)
         image = self.image_embedding(conditioning.image_embeds)
         return PreparedConditioning(
@@ -94,7 +102,8 @@ class ScailTransformer(nn.Module):
             pose_tokens=_patchify(self.pose_patch_embedding, pose, mask=1.0),
             rotary=rotary.to(reference.device, reference.dtype),
             text=self._text_key_values(conditioning.context),
-            image=tuple(block.cross_attn.image_key_value(image) for block in self._blocks()),
+            image=tuple(block.cross_attn.image_key_value(image) for block in self.transformer_blocks()),
+            grid=(num_frames, height, width),
         )
 
     def with_context(self, prepared: PreparedConditioning, context: Tensor) -> PreparedConditioning:
@@ -119,32 +128,66 @@ class ScailTransformer(nn.Module):
         Returns:
             (B, 16, f, h, w) in the dtype of `latents`.
         """
+        return self.velocities(latents, timesteps, (prepared,), history_mask)[0]
+
+    def velocities(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        sides: Sequence[PreparedConditioning],
+        history_mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Velocity of `latents` under each side of the guidance; see `forward`.
+
+        The sides differ in their text alone, as `with_context` makes them: up to the first cross-attention they are
+        one, and that part is computed once. Of the last block only video tokens are wanted, and computed.
+        """
+        shared = sides[0]
         batch_size, _, f, h, w = latents.shape
+        if (f, h, w) != shared.grid:
+            raise InvalidInputError(f"latents are {f} x {h} x {w}; the conditioning was prepared for {shared.grid}.")
         video_tokens = _patchify(self.patch_embedding, latents, mask=0.0 if history_mask is None else history_mask)
-        num_reference, num_video = prepared.reference_tokens.shape[1], video_tokens.shape[1]
+        start = shared.reference_tokens.shape[1]
+        video = slice(start, start + video_tokens.shape[1])
         tokens = torch.cat(
             (
-                prepared.reference_tokens.expand(batch_size, -1, -1),
+                shared.reference_tokens.expand(batch_size, -1, -1),
                 video_tokens,
-                prepared.pose_tokens.expand(batch_size, -1, -1),
+                shared.pose_tokens.expand(batch_size, -1, -1),
             ),
             dim=1,
         )  # (B, L, D)
         embedding = self.time_embedding(sinusoid(timesteps, self.config.time_freq_size).to(tokens.dtype))
         modulation = self.time_projection(F.silu(embedding)).view(batch_size, 6, -1)
-        for block, text, image in zip(self.blocks, prepared.text, prepared.image, strict=True):
-            tokens = block(tokens, modulation, prepared.rotary, text, image)
-        tokens = self.head(tokens[:, num_reference : num_reference + num_video], embedding)
+        first, *rest = self.transformer_blocks()
+        last = len(rest)
+        update = first.attend(tokens, modulation, shared.rotary, video if last == 0 else None)
+        velocities = []
+        for side in sides:
+            hidden = first.finish(tokens[:, video] if last == 0 else tokens, update, modulation, *side.of_block(0))
+            for index, block in enumerate(rest, start=1):
+                span = video if index == last else None
+                attended = block.attend(hidden, modulation, side.rotary, span)
+                hidden = block.finish(hidden[:, video] if span else hidden, attended, modulation, *side.of_block(index))
+            velocities.append(self._unpatchify(self.head(hidden, embedding), f, h, w))
+        return velocities
+
+    def compile_blocks(self) -> None:
+        """Let the compiler fuse what the blocks do between their matrix products; the first clip waits for it."""
+        for block in self.transformer_blocks():
+            block.attend = torch.compile(block.attend, fullgraph=True)  # type: ignore[method-assign]
+            block.finish = torch.compile(block.finish, fullgraph=True)  # type: ignore[method-assign]
+
+    def _unpatchify(self, tokens: Tensor, f: int, h: int, w: int) -> Tensor:
+        """Latents (B, 16, f, h, w) of video tokens (B, f·h·w / 4, 64)."""
         p = self.config.patch_size
-        return rearrange(
-            tokens, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h // p, w=w // p, p=p, q=p
-        )  # (B, 16, f, h, w)
+        return rearrange(tokens, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h // p, w=w // p, p=p, q=p)
 
     def _text_key_values(self, context: Tensor) -> tuple[KeyValue, ...]:
         text = self.text_embedding(context)
-        return tuple(block.cross_attn.text_key_value(text) for block in self._blocks())
+        return tuple(block.cross_attn.text_key_value(text) for block in self.transformer_blocks())
 
-    def _blocks(self) -> Iterator[TransformerBlock]:
+    def transformer_blocks(self) -> Iterator[TransformerBlock]:
         return (cast(TransformerBlock, block) for block in self.blocks)
 
 
@@ -164,14 +207,28 @@ class TransformerBlock(nn.Module):
         )
         nn.init.normal_(self.modulation, std=size**-0.5)
 
-    def forward(
-        self, tokens: Tensor, modulation: Tensor, rotary: RotaryTable, text: KeyValue, image: KeyValue
-    ) -> Tensor:
-        rows = (self.modulation + modulation).chunk(6, dim=1)  # each (B, 1, D)
-        attn_shift, attn_scale, attn_gate, ffn_shift, ffn_scale, ffn_gate = rows
-        tokens = tokens + attn_gate * self.self_attn(modulate(tokens, attn_shift, attn_scale, self.eps), rotary)
+    def attend(self, tokens: Tensor, modulation: Tensor, rotary: RotaryTable, span: slice | None = None) -> Tensor:
+        """What self-attention adds to the tokens of `span`, before its gate; the text has no part in it.
+
+        Args:
+            tokens: (B, L, D).
+            modulation: (B, 6, D), of the timestep.
+            rotary: Of all tokens.
+            span: Tokens that are wanted; all of them are attended to.
+        """
+        shift, scale, *_ = self._rows(modulation)
+        return self.self_attn(layer_norm_modulate(tokens, shift, scale, self.eps), rotary, span)
+
+    def finish(self, tokens: Tensor, update: Tensor, modulation: Tensor, text: KeyValue, image: KeyValue) -> Tensor:
+        """Add what `attend` gave for these tokens, then cross-attention and the MLP."""
+        _, _, attn_gate, ffn_shift, ffn_scale, ffn_gate = self._rows(modulation)
+        tokens = tokens + attn_gate * update
         tokens = tokens + self.cross_attn(self.cross_attn_norm(tokens), text, image)
-        return tokens + ffn_gate * self.ffn(modulate(tokens, ffn_shift, ffn_scale, self.eps))
+        return tokens + ffn_gate * self.ffn(layer_norm_modulate(tokens, ffn_shift, ffn_scale, self.eps))
+
+    def _rows(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale, gate of the attention, then of the MLP; each (B, 1, D)."""
+        return (self.modulation + modulation).chunk(6, dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -185,13 +242,21 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(size, config.eps)
         self.out = nn.Linear(size, size)
 
-    def forward(self, tokens: Tensor, rotary: RotaryTable) -> Tensor:
-        query, key, value = self.qkv(tokens).chunk(3, dim=-1)
-        query, key, value = (
-            _split_heads(x, self.head_size) for x in (self.norm_q(query), self.norm_k(key), value)
+    def forward(self, tokens: Tensor, rotary: RotaryTable, span: slice | None = None) -> Tensor:
+        qkv = self.qkv(tokens)
+        query, key = qk_norm_rotary(
+            qkv,
+            self.norm_q.weight,
+            self.norm_k.weight,
+            rotary.cos,
+            rotary.sin,
+            head_size=self.head_size,
+            eps=self.norm_q.eps,
         )  # (B, L, heads, head_size)
-        out = self.attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value)
-        return self.out(out.flatten(-2))
+        value = _split_heads(qkv.chunk(3, dim=-1)[2], self.head_size)
+        if span is not None:
+            query = query[:, span]
+        return self.out(self.attend(query, key, value).flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -234,7 +299,7 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         shift, scale = (self.modulation + embedding[:, None]).chunk(2, dim=1)
-        return self.linear(modulate(tokens, shift, scale, self.eps))
+        return self.linear(layer_norm_modulate(tokens, shift, scale, self.eps))
 
 
 class RMSNorm(nn.Module):
@@ -246,12 +311,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-
-
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters, then scale and shift."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + scale) + shift
+        return rms_norm(x, self.weight, self.eps)
 
 
 def sinusoid(timesteps: Tensor, size: int) -> Tensor:

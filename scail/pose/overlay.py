@@ -4,7 +4,7 @@ Every person is painted on a black canvas of their own; canvases are added in ui
 over the picture channel by channel where it is not zero: a red dot on a cyan bone gives white, and a bone shows
 through the zero channels of a hand's line. Nothing here has depth; hands and face always lie on top.
 
-Source: zai-org/SCAIL-Pose, the drawing functions of DWPoseProcess.
+Source: zai-org/SCAIL-Pose, pose_draw/draw_pose_utils.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Two numberings meet here. Joints in space are SMPL's 24; the renderer and the alignment speak of OpenPose's 18 slots,
 of which 14 have a joint. Left and right are the person's own.
 
-Source: zai-org/SCAIL-Pose, NLFPoseExtract (joint mapping, bone table, palettes) and DWPoseProcess (2D layout).
+Source: zai-org/SCAIL-Pose, NLFPoseExtract/nlf_render.py (joints, bones, palettes) and DWPoseProcess (2D layout).
 """
 
 from __future__ import annotations

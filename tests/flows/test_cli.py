@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,30 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(write_manifest, tmp_path, 
     assert "render   a  2 steps" in result.stdout
     assert result.stdout.splitlines()[-1] == "1 to render, 0 repeated, 1 failed, 0 invalid"
     assert not (tmp_path / "out").exists()
+
+
+def test_check_forecasts_time_and_cost_from_the_clips_that_are_done(write_manifest, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setenv("SCAIL_PRICE_PER_GPU_HOUR", "3.5")
+    folders = "--output", tmp_path / "out", "--checkpoint", checkpoint
+    before = scail("check", write_manifest({"clip_id": "a"}), *folders)
+    scail("render", write_manifest({"clip_id": "a"}), *folders)
+
+    after = scail("check", write_manifest({"clip_id": "a"}, {"clip_id": "b", "seed": 2}), *folders)
+
+    assert "no forecast: no earlier clip of this checkpoint" in before.stdout
+    *_, forecast, last = after.stdout.splitlines()
+    assert re.search(r"forecast: [\d.]+ s of compute time, cost 0\.\d\d; learned from 1 earlier clip ", forecast)
+    assert last == "1 to render, 0 repeated, 1 skipped, 0 invalid"
+
+
+def test_check_without_an_output_guesses_the_time_of_the_14b_model(write_manifest, tmp_path):
+    manifest = write_manifest({"clip_id": "a"}, {"clip_id": "b", "seed": 2})
+
+    result = scail("check", manifest, "--checkpoint", tmp_path / "elsewhere")
+
+    *_, forecast, last = result.stdout.splitlines()
+    assert "a guess from 5.93 s per forward" in forecast
+    assert last == "2 rows can be rendered, 0 are invalid"
 
 
 def test_check_lists_every_malformed_row(write_manifest):

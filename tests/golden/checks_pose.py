@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scail.pose.io import load_pose
 from scail.pose.overlay import draw_overlay
 from scail.pose.render import render_bones, render_pose
+from scail.pose.skeleton import PoseSequence
 from tests.golden.measure import Measured
 
 Bytes = NDArray[np.uint8]
@@ -54,12 +55,11 @@ def check_pose_render(path: Path) -> list[Measured]:
         *_differences("frames", render_pose(sequence, palette=palette), frames[..., :3]),
     ]
     if canvas is not None:
-        measured.extend(_canvas_differences(_canvas(path), canvas, num_persons=sequence.num_persons))
+        measured.extend(_canvas_differences(_canvas(sequence), canvas, num_persons=sequence.num_persons))
     return measured
 
 
-def _canvas(path: Path) -> Bytes:
-    sequence = load_pose(path)
+def _canvas(sequence: PoseSequence) -> Bytes:
     assert sequence.keypoints is not None
     canvas = np.zeros((sequence.num_frames, sequence.height, sequence.width, 3), np.uint8)
     painted = draw_overlay(sequence.keypoints, height=sequence.height, width=sequence.width)

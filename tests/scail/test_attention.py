@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import deepcopy
+
 import pytest
 import torch
 
-from scail.models.attention import attention
+from scail.models import attention
+from scail.models.attention import BACKENDS, choose_attention, passes, relative_error, sdpa
+from scail.models.transformer import KeyValue
+from scail.types import Conditioning
 
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 5, 7, 3, 8
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -18,7 +25,7 @@ def test_it_is_the_softmax_of_the_scaled_scores(query_key_value):
     query, key, value = (x.double() for x in query_key_value)
     weights = (torch.einsum("blhd,bmhd->bhlm", query, key) / SIZE**0.5).softmax(dim=-1)
 
-    out = attention(*query_key_value)
+    out = sdpa(*query_key_value)
 
     torch.testing.assert_close(out.double(), torch.einsum("bhlm,bmhd->blhd", weights, value), rtol=0, atol=1e-6)
 
@@ -26,26 +33,25 @@ def test_it_is_the_softmax_of_the_scaled_scores(query_key_value):
 def test_one_key_and_value_are_shared_by_the_batch(query_key_value):
     query, key, value = query_key_value
 
-    shared = attention(query, key[:1], value[:1])
+    shared = sdpa(query, *KeyValue(key[:1], value[:1]).of_batch(BATCH))
 
-    repeated = attention(query, key[:1].repeat(BATCH, 1, 1, 1), value[:1].repeat(BATCH, 1, 1, 1))
-    torch.testing.assert_close(shared, repeated, rtol=0, atol=0)
+    assert torch.equal(shared, sdpa(query, key[:1].repeat(BATCH, 1, 1, 1), value[:1].repeat(BATCH, 1, 1, 1)))
 
 
 def test_the_order_of_keys_does_not_matter(query_key_value):
     query, key, value = query_key_value
     order = torch.randperm(KEYS, generator=torch.Generator().manual_seed(1))
 
-    permuted = attention(query, key[:, order], value[:, order])
+    permuted = sdpa(query, key[:, order], value[:, order])
 
-    torch.testing.assert_close(permuted, attention(query, key, value), rtol=0, atol=1e-6)
+    torch.testing.assert_close(permuted, sdpa(query, key, value), rtol=0, atol=1e-6)
 
 
 def test_weights_sum_to_one(query_key_value):
     query, key, _ = query_key_value
     row = torch.arange(HEADS * SIZE, dtype=torch.float32).reshape(HEADS, SIZE)
 
-    out = attention(query, key, row.expand(BATCH, KEYS, HEADS, SIZE))
+    out = sdpa(query, key, row.expand(BATCH, KEYS, HEADS, SIZE))
 
     torch.testing.assert_close(out, row.expand(BATCH, QUERIES, HEADS, SIZE))
 
@@ -55,7 +61,87 @@ def test_heads_do_not_see_one_another(query_key_value):
     other_value = value.clone()
     other_value[:, :, 0] += 1
 
-    difference = attention(query, key, other_value) - attention(query, key, value)
+    difference = sdpa(query, key, other_value) - sdpa(query, key, value)
 
     torch.testing.assert_close(difference[:, :, 0], torch.ones(BATCH, QUERIES, SIZE))
     assert torch.equal(difference[:, :, 1:], torch.zeros(BATCH, QUERIES, HEADS - 1, SIZE))
+
+
+def without_scale(query, key, value):
+    return sdpa(query * SIZE**0.5, key, value)
+
+
+def not_a_number(query, _key, _value):
+    return torch.full_like(query, float("nan"))
+
+
+def black(query, _key, _value):
+    return torch.zeros_like(query)
+
+
+def slightly_off(query, key, value):
+    return sdpa(query, key, value) * 1.02
+
+
+def broken(_query, _key, _value):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.fixture
+def as_cudnn(monkeypatch) -> Iterator[None]:
+    """Lets a test put a function of its own in cuDNN's place, on the CPU."""
+    monkeypatch.setattr(attention, "fits", lambda name, _device, _dtype: name == "cudnn")
+    passes.cache_clear()
+    yield
+    passes.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_cpu_pytorchs_own_choice_is_taken(dtype):
+    assert choose_attention(CPU, dtype) == "sdpa"
+
+
+@pytest.mark.parametrize("backend", [without_scale, not_a_number, black, slightly_off])
+def test_a_backend_that_computes_something_else_is_passed_over_with_a_warning(monkeypatch, as_cudnn, backend):
+    monkeypatch.setitem(BACKENDS, "cudnn", backend)
+
+    with pytest.warns(UserWarning, match="cudnn is wrong on cpu"):
+        assert choose_attention(CPU, torch.bfloat16) == "sdpa"
+
+
+def test_a_backend_that_raises_is_passed_over_with_a_warning(monkeypatch, as_cudnn):
+    monkeypatch.setitem(BACKENDS, "cudnn", broken)
+
+    with pytest.warns(UserWarning, match="cudnn failed on cpu: no kernel image"):
+        assert choose_attention(CPU, torch.bfloat16) == "sdpa"
+
+
+def test_a_backend_that_is_right_is_taken(monkeypatch, as_cudnn):
+    monkeypatch.setitem(BACKENDS, "cudnn", sdpa)
+
+    assert choose_attention(CPU, torch.bfloat16) == "cudnn"
+
+
+def test_bfloat16_alone_is_within_a_third_of_what_a_backend_may_be_off():
+    assert 0 < relative_error(sdpa, CPU) < attention.MAX_RELATIVE_ERROR / 3
+
+
+def test_a_backend_is_used_for_every_softmax_of_every_block(monkeypatch, pipeline):
+    lengths = []
+
+    def counting(query, key, value):
+        lengths.append((query.shape[1], key.shape[1]))
+        return sdpa(query, key, value)
+
+    monkeypatch.setitem(BACKENDS, "cudnn", counting)
+    transformer = deepcopy(pipeline.transformer)
+    shapes = (1, 12, 32), (1, 17, 40), (1, 16, 1, 4, 4), (1, 16, 2, 2, 2)
+
+    transformer.use_attention("cudnn")
+    prepared = transformer.prepare(Conditioning(*(torch.zeros(shape) for shape in shapes)))
+    transformer(torch.zeros(1, 16, 2, 4, 4), torch.tensor([500.0]), prepared)
+
+    num_video, num_tokens = 8, 4 + 8 + 2
+    one_block = [(num_tokens, num_tokens), (num_tokens, 12), (num_tokens, 17)]
+    last_block = [(num_video, num_tokens), (num_video, 12), (num_video, 17)]
+    assert lengths == one_block * (len(transformer.blocks) - 1) + last_block

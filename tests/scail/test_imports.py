@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "gcsfs"}
 REMOTE_BYTES = {"fsspec", "gcsfs", "s3fs"}
 ORCHESTRATION = {"prefect", "prefect_dask", "dask", "distributed"}
-STORAGE_MODULES = {"storage.py", "object_store.py", "local_files.py", "https_input.py"}
+STORAGE_MODULES = frozenset({"storage.py", "object_store.py", "local_files.py", "https_input.py"})
 
 
 def sources(package: str) -> list[Path]:
@@ -34,7 +34,7 @@ def imported_packages(tree: ast.AST) -> Iterator[str]:
             yield from (ast.unparse(argument).strip("'\"").split(".")[0] for argument in node.args)
 
 
-def offenders(package: str, banned: set[str], *, besides: set[str] = frozenset()) -> dict[str, set[str]]:
+def offenders(package: str, banned: set[str], *, besides: frozenset[str] = frozenset()) -> dict[str, set[str]]:
     """What each module of a package imports of what it must not."""
     found = {
         str(path.relative_to(ROOT)): banned & set(imported_packages(ast.parse(path.read_text(encoding="utf-8"))))

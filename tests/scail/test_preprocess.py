@@ -83,6 +83,7 @@ def test_overshoot_of_the_reference_is_kept_and_of_the_pose_clamped():
     assert reference.min() < -1.02
     assert pose.max() == 1
     assert pose.min() == -1
+    assert torch.equal(crop_pose(image[None], 64, 64).float(), bicubic(image[None], 64, 64).clamp(0, 255).round())
 
 
 def test_resized_pose_frames_are_rounded_to_the_nearest_level():

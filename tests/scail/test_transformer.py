@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scail.config import SamplingParams
 from scail.errors import InvalidInputError
 from scail.models.transformer import ScailTransformer
+from scail.sampling import flow_sigmas
 from scail.types import Conditioning
 
 FRAMES, HEIGHT, WIDTH = 3, 4, 8
@@ -56,9 +56,9 @@ def test_cross_attention_keys_are_computed_once_a_clip_and_not_once_a_step(pipel
     queries, texts, images = (
         [record_calls(getattr(block.cross_attn, name)) for block in blocks] for name in ("q", "text_kv", "image_kv")
     )
-    params = SamplingParams(num_inference_steps=num_steps, guidance_scale=4.0)
+    negative_context, sigmas = random(1, 12, 32, seed=7), flow_sigmas(num_steps, shift=5.0)
 
-    pipeline.generate(conditioning_of(), random(1, 12, 32, seed=7), latents_of(), params)
+    pipeline.generate(conditioning_of(), negative_context, latents_of(), sigmas, guidance_scale=4.0)
 
     assert [len(calls) for calls in queries] == [2 * num_steps] * len(blocks)
     assert [len(calls) for calls in texts] == [2] * len(blocks)  # one for each side of the guidance
@@ -70,8 +70,7 @@ def test_reference_and_pose_become_tokens_once_a_clip(pipeline, record_calls, nu
     pose_calls = record_calls(pipeline.transformer.pose_patch_embedding)
     video_calls = record_calls(pipeline.transformer.patch_embedding)
 
-    params = SamplingParams(num_inference_steps=num_steps, guidance_scale=1.0)
-    pipeline.generate(conditioning_of(), None, latents_of(), params)
+    pipeline.generate(conditioning_of(), None, latents_of(), flow_sigmas(num_steps, shift=5.0), guidance_scale=1.0)
 
     assert len(pose_calls) == 1
     assert len(video_calls) == 1 + num_steps  # the reference, then the latents of each step

@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from scail.models import transformer as transformer_module
-from scail.models.attention import attention
 from scail.models.rope import RotaryTable, video_rotary
 from scail.models.transformer import CrossAttention, KeyValue, PreparedConditioning
 from scail.types import Conditioning
@@ -115,13 +114,16 @@ def pose_rotation_renormalised(recorded: Recorded, _patch: Patch) -> Tensor:
     return recorded.run_with_rotary(POSE, normalised)
 
 
-def halves_rotated_instead_of_neighbours(recorded: Recorded, patch: Patch) -> Tensor:
-    def apply_to_halves(x: Tensor, table: RotaryTable) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = table.cos[:, None], table.sin[:, None]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-    patch.setattr(transformer_module, "apply_rotary", apply_to_halves)
+def halves_rotated_instead_of_neighbours(recorded: Recorded, _patch: Patch) -> Tensor:
+    """Scores do not change when queries and keys are reordered alike: halves made neighbours are rotated as halves."""
+    config = recorded.transformer.config
+    features = torch.arange(config.hidden_size).reshape(config.num_heads, 2, -1).mT.flatten()
+    queries, keys, values = torch.arange(3 * config.hidden_size).chunk(3)
+    order = torch.cat((queries[features], keys[features], values))
+    for block in recorded.transformer.blocks:
+        attn = block.self_attn
+        for layer, permutation in ((attn.qkv, order), (attn.norm_q, features), (attn.norm_k, features)):
+            layer.load_state_dict({name: value[permutation] for name, value in layer.state_dict().items()})
     return recorded.run()
 
 
@@ -168,21 +170,29 @@ def padding_zeroed_after_its_embedding(recorded: Recorded, _patch: Patch) -> Ten
     return recorded.run()
 
 
-class PerHeadNorm(nn.Module):
-    def __init__(self, whole: nn.Module, head_size: int) -> None:
-        super().__init__()
-        self.whole, self.head_size = whole, head_size
+def norm_by_head(self_attn: nn.Module) -> None:
+    """Undoes the norm over all heads and norms each of them; the rotation between is linear and does not mind."""
+    ratios: list[Tensor] = []
+    attend = self_attn.attend
 
-    def forward(self, x: Tensor) -> Tensor:
-        heads = rearrange(x, "b l (heads d) -> b l heads d", d=self.head_size)
-        return F.rms_norm(heads, (self.head_size,), eps=self.whole.eps).flatten(-2) * self.whole.weight
+    def remember(_module: nn.Module, _args: tuple[Tensor, ...], qkv: Tensor) -> None:
+        heads = rearrange(qkv, "b l (three heads d) -> three b l heads d", three=3, d=self_attn.head_size)
+        by_head = heads.square().mean(-1, keepdim=True)
+        ratios[:] = (by_head.mean(-2, keepdim=True) / by_head).sqrt()
+
+    self_attn.qkv.register_forward_hook(remember)
+
+    def attend_unnormed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        num_tokens, num_queries = key.shape[1], query.shape[1]
+        start = 0 if num_queries == num_tokens else num_tokens - 5 * num_queries // 4  # video alone, in the last block
+        return attend(query * ratios[0][:, start : start + num_queries], key * ratios[1], value)
+
+    self_attn.attend = attend_unnormed
 
 
 def queries_and_keys_normed_by_head(recorded: Recorded, _patch: Patch) -> Tensor:
-    head_size = recorded.transformer.config.head_size
     for block in recorded.transformer.blocks:
-        block.self_attn.norm_q = PerHeadNorm(block.self_attn.norm_q, head_size)
-        block.self_attn.norm_k = PerHeadNorm(block.self_attn.norm_k, head_size)
+        norm_by_head(block.self_attn)
     return recorded.run()
 
 
@@ -213,7 +223,7 @@ def one_softmax_over_text_and_image(recorded: Recorded, patch: Patch) -> Tensor:
     def joint(self: CrossAttention, tokens: Tensor, text: KeyValue, image: KeyValue) -> Tensor:
         query = rearrange(self.norm_q(self.q(tokens)), "b l (heads d) -> b l heads d", d=self.head_size)
         key, value = torch.cat((text.key, image.key), dim=1), torch.cat((text.value, image.value), dim=1)
-        return self.out(attention(query, key, value).flatten(-2))
+        return self.out(self.attend(query, key, value).flatten(-2))
 
     patch.setattr(CrossAttention, "forward", joint)
     return recorded.run()

@@ -11,10 +11,11 @@ from urllib.parse import unquote, urljoin, urlsplit
 import imageio_ffmpeg
 import pytest
 
+from tasks.figures import duration
 from tasks.jobs import ClipResult, ClipStatus
-from tasks.report import duration, relative_href, render_report, write_report
-from tasks.results import summarise
-from tests.tasks.test_results import failed, rendered, run_of
+from tasks.report import MAX_CARDS, relative_href, render_report, write_report
+from tasks.results import summarise, write_results
+from tests.tasks.test_results import COLUMNS, failed, rendered, run_of
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\"'&{{ 7 * 7 }}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -144,10 +145,8 @@ def run(tmp_path_factory):
         ClipResult(row=5, clip_id="line-5", status=ClipStatus.INVALID, message="line 5, column seed: came 'abc'"),
         ClipResult(row=6, clip_id="rest-05", status=ClipStatus.DISABLED),
     ]
-    summary = summarise(
-        results,
-        run_of(str(output), manifest_uri=str(root / "batch" / "m.csv"), price_per_gpu_hour=4.0),
-    )
+    run = run_of(str(output), manifest_uri=str(root / "batch" / "m.csv"), price_per_gpu_hour=4.0)
+    summary = write_results(results, columns=COLUMNS, run_dir_uri=str(output / "runs" / "r1"), run=run)
     write_report(results, summary=summary, run_dir_uri=str(output / "runs" / "r1"), output_uri=str(output))
     return results, summary, output
 
@@ -260,6 +259,36 @@ def test_the_page_shows_stage_times_that_add_up(run):
     assert bars[:5] == [f"{stage}: {duration(seconds)}" for stage, seconds in results[0].metrics.seconds.items()]
 
 
+def test_the_page_leads_to_the_results_and_to_the_failures_to_mend(run):
+    _, _, output = run
+
+    links = Page((output / "report.html").read_text()).links()
+
+    assert {f"runs/r1/{name}" for name in ("results.csv", "results.jsonl", "summary.json", "failures.csv")} <= {*links}
+
+
+@pytest.mark.parametrize(("device", "expected"), [("NVIDIA H200", "GPU time"), ("x86_64 CPU", "compute time")])
+def test_the_time_is_called_after_what_it_was_spent_on(device, expected):
+    results = [rendered(2, "a", device=device)]
+
+    page = Page(
+        render_report(results, summary=summarise(results, run_of(device=device)), page_dir_uri="gs://studio/out")
+    )
+
+    assert [name for name in ("GPU time", "compute time") if name in page.text] == [expected]
+
+
+def test_a_page_of_many_rows_shows_those_without_a_clip_and_then_the_first():
+    results = [rendered(row, f"c{row}") for row in range(2, MAX_CARDS + 50)] + [failed(MAX_CARDS + 50, "last")]
+
+    page = Page(render_report(results, summary=summarise(results, run_of()), page_dir_uri="gs://studio/out"))
+
+    ids = [attrs["id"] for tag, attrs in page.tags if tag == "article"]
+    assert len(ids) == MAX_CARDS
+    assert ids[-2:] == [f"clip-{MAX_CARDS}", f"clip-{MAX_CARDS + 50}"]
+    assert f"{MAX_CARDS:,} of {len(results):,} rows are shown" in page.text
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -315,6 +344,30 @@ def test_the_filter_shows_the_rows_of_one_status(browser, run):
         "{ const box = document.querySelector('#search'); box.value = 'WALK'; box.dispatchEvent(new Event('input')) }"
     )
     assert browser.run(visible) == ["clip-3"]
+
+
+def test_an_input_that_is_gone_is_said_to_be_and_not_shown_broken(browser, tmp_path):
+    columns = {"reference": str(tmp_path / "gone.png"), "pose": str(tmp_path / "gone.mp4")}
+    results = [failed(2, "a", columns=columns)]
+    page = tmp_path / "report.html"
+    summary = summarise(results, run_of(str(tmp_path), manifest_uri=str(tmp_path / "m.csv")))
+    page.write_text(render_report(results, summary=summary, page_dir_uri=str(tmp_path)))
+
+    browser.open(page.as_uri())
+    browser.run("document.querySelector('.compare').open = true")
+    shown = browser.run(
+        """new Promise((done) => {
+            const look = () => {
+                const texts = [...document.querySelectorAll(".absent")].map((absent) => absent.textContent);
+                texts.length === 2 ? done(texts) : setTimeout(look, 20);
+            };
+            look();
+        })"""
+    )
+
+    assert shown == ["cannot be loaded"] * 2
+    assert browser.run("document.querySelectorAll('figure').length") == 2  # no empty place for a result
+    browser.errors.clear()
 
 
 def test_the_page_fits_a_phone(browser, run):

@@ -1,0 +1,75 @@
+"""Element-wise work that the compiler does not fuse well, as Triton kernels.
+
+Each has a plain version in `reference`, which runs everywhere and says what is meant; the functions here take the
+kernel where the tensors are on a GPU that has Triton, and the plain version elsewhere.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from scail.kernels import reference
+
+HAS_TRITON = find_spec("triton") is not None
+
+if HAS_TRITON:
+    from scail.kernels import triton_kernels
+
+
+def qk_norm_rotary(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, *, head_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of a self-attention: RMS norm over the hidden size, then the rotation of each head's pairs.
+
+    Args:
+        qkv: (B, L, 3 · D), queries, keys and values side by side.
+        weight_q, weight_k: (D,), of the norms.
+        cos, sin: (L, head_size / 2).
+        head_size: Of one head; D is a multiple of it.
+        eps: Of the norms.
+
+    Returns:
+        Queries and keys, each (B, L, heads, head_size), contiguous.
+    """
+    if HAS_TRITON and qkv.is_cuda:
+        return triton_kernels.qk_norm_rotary(qkv, weight_q, weight_k, cos, sin, head_size, eps)
+    return reference.qk_norm_rotary(qkv, weight_q, weight_k, cos, sin, head_size, eps)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8 (e4m3) of `x` with one scale for each row.
+
+    Args:
+        x: (M, K).
+
+    Returns:
+        float8 (M, K), and float32 (M, 1): their product is `x` but for rounding.
+    """
+    if HAS_TRITON and x.is_cuda:
+        return triton_kernels.quantize_rows(x, False)
+    return reference.quantize_rows(x)
+
+
+def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of GELU (tanh form) of `x`, in one pass."""
+    if HAS_TRITON and x.is_cuda:
+        return triton_kernels.quantize_rows(x, True)
+    return reference.gelu_quantize_rows(x)
+
+
+def layer_norm_modulate_quantize_rows(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of a LayerNorm without parameters, scaled by 1 + `scale` and shifted by `shift`, in one pass.
+
+    Args:
+        x: (B, L, D).
+        shift, scale: (B, 1, D) or (1, 1, D).
+        eps: Of the norm.
+
+    Returns:
+        float8 (B · L, D), and float32 (B · L, 1).
+    """
+    if HAS_TRITON and x.is_cuda:
+        return triton_kernels.layer_norm_modulate_quantize_rows(x, shift, scale, eps)
+    return reference.layer_norm_modulate_quantize_rows(x, shift, scale, eps)

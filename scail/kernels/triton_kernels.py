@@ -1,0 +1,130 @@
+"""The Triton kernels; import this module only where Triton is.
+
+One program works on one row, and a row's memory is read once: it waits in registers, or in the first-level cache,
+between the reduction over it and what is done with the result. Roundings are those of the plain versions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from scail.kernels.reference import FLOAT8
+
+_FLOAT8_MAX = tl.constexpr(448.0)
+_TINY = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _qk_norm_rotary_kernel(
+    qkv, weight_q, weight_k, cos, sin, query, key, length, eps,
+    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    source = qkv + row * 3 * SIZE + part * SIZE
+    weight = weight_q
+    target = query
+    if part == 1:
+        weight = weight_k
+        target = key
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        squares += x * x
+    inverse = tl.rsqrt(tl.sum(squares) / SIZE + eps)
+    table = (row % length) * HALF_HEAD
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(source + at, mask=at < SIZE, other=0.0)
+        w = tl.load(weight + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        normed = (x.to(tl.float32) * inverse * w).to(x.dtype).to(tl.float32)
+        even, odd = tl.split(tl.reshape(normed, (BLOCK // 2, 2)))
+        pair = (start // 2 + tl.arange(0, BLOCK // 2)) % HALF_HEAD
+        c = tl.load(cos + table + pair).to(tl.float32)
+        s = tl.load(sin + table + pair).to(tl.float32)
+        rotated = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BLOCK,))
+        tl.store(target + row * SIZE + at, rotated.to(x.dtype), mask=at < SIZE)
+
+
+@triton_op("scail::qk_norm_rotary", mutates_args={})
+def qk_norm_rotary(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, head_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    batch_size, length, triple = qkv.shape
+    size = triple // 3
+    shape = (batch_size, length, size // head_size, head_size)
+    query, key = qkv.new_empty(shape), qkv.new_empty(shape)
+    wrap_triton(_qk_norm_rotary_kernel)[(batch_size * length, 2)](
+        qkv, weight_q, weight_k, cos, sin, query, key, length, eps,
+        SIZE=size, HALF_HEAD=head_size // 2, BLOCK=min(1024, triton.next_power_of_2(size)), num_warps=4,
+    )  # fmt: skip
+    return query, key
+
+
+@triton.jit
+def _store_quantized(x, target, scales, row, at, SIZE: tl.constexpr):
+    scale = tl.maximum(tl.max(tl.abs(x)), _TINY) / _FLOAT8_MAX
+    tl.store(scales + row, scale)
+    tl.store(target + row * SIZE + at, (x / scale).to(target.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit
+def _quantize_rows_kernel(source, target, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    loaded = tl.load(source + row * SIZE + at, mask=at < SIZE, other=0.0)
+    x = loaded.to(tl.float32)
+    if GELU:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x * tl.sigmoid(2 * inner)  # x / 2 · (1 + tanh(inner))
+        x = x.to(loaded.dtype).to(tl.float32)
+    _store_quantized(x, target, scales, row, at, SIZE)
+
+
+@triton_op("scail::quantize_rows", mutates_args={})
+def quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    num_rows, size = x.shape
+    target = torch.empty_like(x, dtype=FLOAT8)
+    scales = x.new_empty((num_rows, 1), dtype=torch.float32)
+    block = triton.next_power_of_2(size)
+    wrap_triton(_quantize_rows_kernel)[(num_rows,)](
+        x, target, scales, SIZE=size, BLOCK=block, GELU=gelu, num_warps=8 if block <= 8192 else 16
+    )
+    return target, scales
+
+
+@triton.jit
+def _layer_norm_modulate_quantize_kernel(
+    source, shift, scale, target, scales, length, batch_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    loaded = tl.load(source + row * SIZE + at, mask=inside, other=0.0)
+    x = loaded.to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / SIZE + eps)
+    modulation = (row // length) * batch_stride + at
+    factor = 1 + tl.load(scale + modulation, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
+    x = (normed * factor + offset).to(loaded.dtype).to(tl.float32)
+    _store_quantized(x, target, scales, row, at, SIZE)
+
+
+@triton_op("scail::layer_norm_modulate_quantize_rows", mutates_args={})
+def layer_norm_modulate_quantize_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    batch_size, length, size = x.shape
+    shift, scale = (rows.reshape(-1, size).contiguous() for rows in (shift, scale))
+    target = x.new_empty((batch_size * length, size), dtype=FLOAT8)
+    scales = x.new_empty((batch_size * length, 1), dtype=torch.float32)
+    batch_stride = size if shift.shape[0] > 1 else 0
+    wrap_triton(_layer_norm_modulate_quantize_kernel)[(batch_size * length,)](
+        x, shift, scale, target, scales, length, batch_stride, eps,
+        SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return target, scales

@@ -1,0 +1,225 @@
+"""Where clips are rendered: in this process, in one process per GPU of this machine, or on a Dask cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from tasks.errors import ClusterLostError, RefusedError
+from tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from distributed import Client, SpecCluster
+    from prefect.task_runners import TaskRunner
+
+logger = logging.getLogger(__name__)
+
+THREADS_PER_WORKER = 2  # one clip on the GPU; the other is prepared, or encoded and published
+CLIENT_TIMEOUT_SECONDS = 60
+WORKERS_TIMEOUT_SECONDS = 600.0  # until the first one is there; it may be loading the model
+SLOTS_VALID_SECONDS = 2.0
+
+# Found by killing schedulers, workers and nannies. A setting that is in the environment already stays as it is.
+DASK_SETTINGS = {
+    "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "50",  # a clip's own count of starts decides, not Dask's blame
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # longer than any stretch that holds the interpreter's lock
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
+    "DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT": "600s",
+    "DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload"]',
+}
+
+_ADDRESS = re.compile(r"(tcp|tls)://[^/\s]+:\d+")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """A `--workers` value, read: `local`, a number of processes, or a scheduler's address."""
+
+    num_processes: int | None = None
+    address: str | None = None
+
+    @property
+    def are_local(self) -> bool:
+        return self.num_processes is None and self.address is None
+
+
+def parse_workers(text: str) -> Workers:
+    """Read a `--workers` value.
+
+    Raises:
+        RefusedError: If it is none of the three kinds.
+    """
+    if text == "local":
+        return Workers()
+    if text.isdecimal() and int(text) > 0:
+        return Workers(num_processes=int(text))
+    if _ADDRESS.fullmatch(text):
+        return Workers(address=text)
+    raise RefusedError(f"workers is {text!r}; expected `local`, a number of processes, or tcp://host:port")
+
+
+def check_address(scheduler: str) -> None:
+    """Raises RefusedError if this is no scheduler's address."""
+    if not _ADDRESS.fullmatch(scheduler):
+        raise RefusedError(f"the scheduler is {scheduler!r}; expected tcp://host:port")
+
+
+def task_runner(workers: Workers, checkpoint: str) -> TaskRunner[Any]:
+    """Prefect's way to the workers.
+
+    Args:
+        workers: From `parse_workers`.
+        checkpoint: What processes started here load; workers of a cluster have been told their own.
+    """
+    if workers.are_local:
+        from prefect.task_runners import ThreadPoolTaskRunner
+
+        return cast(Any, ThreadPoolTaskRunner(max_workers=THREADS_PER_WORKER))
+    from prefect_dask import DaskTaskRunner
+
+    client_kwargs = {"timeout": CLIENT_TIMEOUT_SECONDS}
+    if workers.address:
+        return cast(Any, DaskTaskRunner(address=workers.address, client_kwargs=client_kwargs))
+    settings = {"num_processes": workers.num_processes, "checkpoint": checkpoint}
+    runner = DaskTaskRunner(cluster_class=local_cluster, cluster_kwargs=settings, client_kwargs=client_kwargs)
+    return cast(Any, runner)
+
+
+def configured_task_runner() -> TaskRunner[Any]:
+    """The way to the workers that the settings name; for a deployment, which has no command line."""
+    settings = Settings()
+    return task_runner(parse_workers(settings.workers), settings.checkpoint)
+
+
+@contextmanager
+def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
+    """A scheduler in this process and worker processes below it, each with a GPU of its own if there are any.
+
+    Raises:
+        RefusedError: If there are GPUs, but not so many, or if the workers could not load the model.
+    """
+    gpus = visible_gpus()
+    if gpus and num_processes > len(gpus):
+        raise RefusedError(f"{num_processes} workers were asked for; this machine has {len(gpus)} GPUs")
+    import dask.config
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    os.environ.update({name: value for name, value in DASK_SETTINGS.items() if name not in os.environ})
+    dask.config.refresh()
+    environment = {"SCAIL_CHECKPOINT": os.path.abspath(checkpoint)}  # noqa: PTH100  `..` stays what the user meant
+    options = {"nthreads": THREADS_PER_WORKER, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
+    specs = {
+        index: {
+            "cls": Nanny,
+            "options": options
+            | {"env": environment | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}), "dashboard": False},
+        }
+        for index in range(num_processes)
+    }
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
+    try:
+        cluster = SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.ERROR)
+    except RuntimeError as error:
+        raise RefusedError(f"the workers could not be started: {error.__cause__ or error}") from error
+    with cluster:
+        yield cluster
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, one entry per GPU; torch is not asked, since that takes seconds."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu and gpu != "-1"]
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in listed.splitlines() if line.strip()]
+
+
+def slots() -> Callable[[], int]:
+    """A function that says how many clips the running flow's workers take together at the moment.
+
+    Raises:
+        RefusedError: If there is no scheduler at the address, or no worker comes.
+    """
+    if renders_here():
+        return lambda: THREADS_PER_WORKER
+    return _Slots(_connected_client(_runner())).count
+
+
+def renders_here() -> bool:
+    """Whether the running flow's clips are rendered in its own process."""
+    from prefect.task_runners import ThreadPoolTaskRunner
+
+    return isinstance(_runner(), ThreadPoolTaskRunner)
+
+
+def _runner() -> Any:
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    assert context is not None, "only a flow has workers"
+    return context.task_runner
+
+
+class _Slots:
+    """Threads of all workers of a cluster, asked for every few seconds: workers come and go."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._asked_at, self._num_slots = float("-inf"), 0
+
+    def count(self) -> int:
+        if self._client.status == "closed":
+            raise ClusterLostError(f"the Dask scheduler went away and did not come back in {CLIENT_TIMEOUT_SECONDS} s")
+        if time.monotonic() - self._asked_at > SLOTS_VALID_SECONDS:
+            try:
+                threads = self._client.nthreads()
+            except (OSError, TimeoutError, ValueError, AttributeError) as error:  # while it connects anew
+                logger.info("the scheduler does not answer: %s", error)
+                threads = {}
+            self._asked_at, self._num_slots = time.monotonic(), max(1, sum(threads.values()))
+        return self._num_slots
+
+
+def _connected_client(runner: Any) -> Client:
+    try:
+        client: Client = runner.client
+        client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_SECONDS)
+    except TimeoutError as error:
+        raise RefusedError(f"no worker came to {runner.address} in {WORKERS_TIMEOUT_SECONDS:.0f} s") from error
+    except OSError as error:
+        raise RefusedError(f"no Dask scheduler answers at {runner.address}: {error}") from error
+    return client
+
+
+@contextmanager
+def shared_prefect_api(workers: Workers) -> Iterator[None]:
+    """While open, worker processes report to the Prefect server that this process uses.
+
+    Without a configured server Prefect starts a temporary one; processes on this machine are told where it is.
+
+    Raises:
+        RefusedError: If machines elsewhere would have no server to report to.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if workers.are_local or PREFECT_API_URL.value():
+        yield
+        return
+    if workers.address:
+        raise RefusedError(f"workers at {workers.address} need a Prefect server: set PREFECT_API_URL here and there")
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    server.start(timeout=120)
+    with temporary_settings({PREFECT_API_URL: server.api_url}):
+        yield

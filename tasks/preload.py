@@ -1,0 +1,29 @@
+"""What a Dask worker does before it registers: it starts its watchdog and loads the model.
+
+Named to Dask as a preload, so that it runs again whenever the nanny starts the process anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scail.fingerprint import checkpoint_fingerprint
+from tasks import attempts, watchdog
+from tasks.resident import load_pipeline
+from tasks.scratch import sweep_scratch
+from tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+def dask_setup(_worker: Worker) -> None:
+    settings = Settings()
+    watchdog.start()
+    sweep_scratch(settings.scratch_dir)
+    fingerprint = checkpoint_fingerprint(Path(settings.checkpoint))
+    load_pipeline(settings.checkpoint, fingerprint, settings.device, settings.dtype)
+
+
+def dask_teardown(_worker: Worker) -> None:
+    attempts.worker_closing.set()

@@ -1,0 +1,142 @@
+"""Long-lived Dask workers of this machine, one process per GPU, each started again whenever it ends.
+
+    scail worker → per GPU: dask worker (the nanny) → the process with the model
+
+The nanny starts a process that died anew; we start a nanny that ended anew, also one that ended without an error:
+that is what it does when its scheduler goes away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tasks.cluster import DASK_SETTINGS, THREADS_PER_WORKER
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE_SECONDS = 30.0
+STEADY_SECONDS = 60.0  # a worker that lived so long is started again at once
+GRACE_SECONDS = 30.0  # for clips in flight to stop, before what is left is killed
+
+FAULT_EXIT_CODE = 77
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One worker: its name in the cluster and what its process finds in its environment."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def worker_specs(scheduler: str, *, checkpoint: str, gpus: list[str]) -> list[WorkerSpec]:
+    """A worker for each GPU; one without a GPU where there is none."""
+    announced = {"DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload", "tasks.announce"]'}
+    environment = DASK_SETTINGS | announced | os.environ | {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
+    specs = []
+    for gpu in gpus or [""]:
+        name = f"{socket.gethostname()}-{os.getpid()}" + (f"-gpu{gpu}" if gpu else "")
+        own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        specs.append(WorkerSpec(name, tuple(_dask_worker(scheduler, name)), environment | own))
+    return specs
+
+
+def _dask_worker(scheduler: str, name: str) -> list[str]:
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--name", name]
+    command += ["--nworkers", "1", "--nthreads", str(THREADS_PER_WORKER), "--nanny", "--memory-limit", "0"]
+    command += ["--no-dashboard"]
+    if _host(scheduler) in {"127.0.0.1", "localhost"}:
+        command += ["--host", "127.0.0.1"]  # a scheduler that only this machine reaches: so are its workers
+    return command
+
+
+def keep_workers(scheduler: str, specs: list[WorkerSpec], *, say: Callable[[str], None]) -> None:
+    """Keep a process for each spec alive until this one is told to end; then end them."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    keepers = [threading.Thread(target=_keep, args=(scheduler, spec, stopping, say)) for spec in specs]
+    for keeper in keepers:
+        keeper.start()
+    while any(keeper.is_alive() for keeper in keepers):
+        time.sleep(0.2)
+
+
+def _keep(scheduler: str, spec: WorkerSpec, stopping: threading.Event, say: Callable[[str], None]) -> None:
+    pause = 1.0
+    while _wait_for(scheduler, stopping, say):
+        started_at = time.monotonic()
+        process = subprocess.Popen(spec.command, env=dict(spec.environment), stdin=subprocess.DEVNULL)
+        while process.poll() is None:
+            if stopping.wait(0.2):
+                _end(process)
+                return
+        pause = 1.0 if time.monotonic() - started_at > STEADY_SECONDS else min(pause * 2, LONGEST_PAUSE_SECONDS)
+        say(f"{spec.name} ended with {process.returncode}; starting it again in {pause:.0f} s")
+        stopping.wait(pause)
+
+
+def _wait_for(scheduler: str, stopping: threading.Event, say: Callable[[str], None]) -> bool:
+    """True once the scheduler answers: before that, no worker loads a model. False when we are to end."""
+    said = False
+    while not stopping.is_set():
+        try:
+            with socket.create_connection((_host(scheduler), _port(scheduler)), timeout=5):
+                return True
+        except OSError as error:
+            if not said:
+                say(f"waiting for the scheduler at {scheduler}: {error}")
+            said = True
+            stopping.wait(1.0)
+    return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _host(address: str) -> str:
+    return urlsplit(address).hostname or ""
+
+
+def _port(address: str) -> int:
+    port = urlsplit(address).port
+    assert port is not None, address
+    return port
+
+
+def in_dask_worker() -> bool:
+    """Whether this process is a Dask worker's: then its nanny starts another when it ends."""
+    if "distributed" not in sys.modules:
+        return False
+    from distributed import get_worker
+
+    try:
+        get_worker()
+    except ValueError:
+        return False
+    return True
+
+
+def replace_process() -> None:
+    """End this process at once, so that its nanny starts a fresh one; whatever it had in hand goes elsewhere."""
+    logger.error("this process cannot use its GPU any more and is replaced")
+    logging.shutdown()
+    os._exit(FAULT_EXIT_CODE)

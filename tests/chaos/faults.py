@@ -1,0 +1,120 @@
+"""A preload for workers under test: clips that are slow, kill, hang or fail, as their prompts say.
+
+Nothing of this is in the program: here a test process changes the program's functions from outside. A file in
+CHAOS_DIR switches what concerns the machine and not one clip.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+CHAOS_DIR = Path(os.environ["CHAOS_DIR"])
+LOADS = CHAOS_DIR / "loads"
+DISK_FULL = CHAOS_DIR / "disk_full"
+READ_ONLY = CHAOS_DIR / "read_only"
+
+
+def once(name: str) -> bool:
+    """True the first time that any process asks."""
+    try:
+        (CHAOS_DIR / f"once-{name}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def misbehave(prompt: str) -> None:
+    import torch
+
+    from scail import GenerationError
+
+    if "poison" in prompt:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "hang-always" in prompt or ("hang-once" in prompt and once(prompt)):
+        ctypes.PyDLL(None).sleep(3600)  # native code that keeps the interpreter's lock
+    if "cuda-once" in prompt and once(prompt):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    if "memory-once" in prompt and once(prompt):
+        raise torch.OutOfMemoryError("CUDA out of memory: a test said so")
+    if "nan-once" in prompt and once(prompt):
+        raise GenerationError("latents are not finite: a test said so")
+
+
+def patch_pipeline() -> None:
+    from scail.pipeline import ScailPipeline
+
+    render, load = ScailPipeline.generate, ScailPipeline.from_pretrained
+    call = ScailPipeline.__call__
+
+    def generate(self, conditioning, negative_context, noise, params, on_step):
+        def slow_step(done, total):
+            time.sleep(self_seconds[0])
+            on_step(done, total)
+
+        return render(self, conditioning, negative_context, noise, params, slow_step)
+
+    self_seconds = [0.0]
+
+    def misbehaving_call(self, reference, pose, prompt, **kwargs):
+        import torch
+
+        from scail import OutOfMemoryError
+
+        slow = re.search(r"slow (\d+\.?\d*)", prompt)
+        self_seconds[0] = float(slow[1]) if slow else 0.0
+        try:
+            misbehave(prompt)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(str(error)) from error
+        return call(self, reference, pose, prompt, **kwargs)
+
+    def counted_load(*args, **kwargs):
+        with LOADS.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return load(*args, **kwargs)
+
+    ScailPipeline.generate = generate
+    ScailPipeline.__call__ = misbehaving_call
+    ScailPipeline.from_pretrained = counted_load
+
+
+def patch_storage() -> None:
+    from tasks import storage
+
+    def refusing(write):
+        def refuse(*args, **kwargs):
+            if READ_ONLY.exists():
+                raise storage.PermissionDeniedError("the bucket is read-only: a test said so")
+            return write(*args, **kwargs)
+
+        return refuse
+
+    for name in ("publish_bytes", "publish_file", "create", "delete"):
+        setattr(storage, name, refusing(getattr(storage, name)))
+
+
+def patch_scratch() -> None:
+    import scail.video
+    from tasks import scratch
+
+    free_bytes, encode_video = scratch._free_bytes, scail.video.encode_video
+
+    def encode(*args, **kwargs):
+        if DISK_FULL.exists():
+            raise OSError(errno.ENOSPC, "No space left on device: a test said so")
+        return encode_video(*args, **kwargs)
+
+    scratch._free_bytes = lambda folder: 0 if DISK_FULL.exists() else free_bytes(folder)
+    scail.video.encode_video = encode
+
+
+def dask_setup(_worker) -> None:
+    patch_pipeline()
+    patch_storage()
+    patch_scratch()

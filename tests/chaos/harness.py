@@ -1,0 +1,299 @@
+"""A Prefect server, a Dask scheduler and two `scail worker` on this machine, to be killed at will."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from scail.checkpoint import write_random_checkpoint
+from scail.config import SCAIL_TINY
+from scail.probe import probe_video
+from scail.video import encode_video
+from tasks.jobs import Attempt, AttemptStage, ClipMetrics, DoneRecord
+from tasks.storage import DEFAULT_POLICY
+from tasks.attempts import read_attempts
+
+ROOT = Path(__file__).parents[2]
+HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
+NUM_WORKERS = 2
+CLAIM_SECONDS, STAGE_LIMIT_SECONDS, WORKER_TTL_SECONDS = 4, 12, 15
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> object:
+    """The first true answer of `condition`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := condition():
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"in {seconds:.0f} s it did not come true that {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """End a process that we started, and all below it."""
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+@dataclass
+class Run:
+    """A `scail render` that goes on, or has ended."""
+
+    process: subprocess.Popen
+    manifest: Path
+    output: Path
+    log: Path
+
+    def wait(self, seconds: float = 150.0) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            kill_tree(self.process)
+            raise AssertionError(f"the run did not end in {seconds:.0f} s:\n{self.tail()}") from None
+
+    def tail(self) -> str:
+        return self.log.read_text()[-4000:]
+
+    def last_line(self) -> str:
+        lines = [line for line in self.log.read_text().splitlines() if "→" in line]
+        return lines[-1] if lines else ""
+
+    def rows(self) -> dict[str, dict[str, str]]:
+        """results.csv of the newest run, by clip_id."""
+        newest = max((self.output / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+        assert (newest / "_SUCCESS").exists()
+        with (newest / "results.csv").open(newline="") as file:
+            return {row["clip_id"]: row for row in csv.DictReader(file)}
+
+    def statuses(self) -> list[str]:
+        return [row["status"] for row in self.rows().values()]
+
+
+@dataclass
+class Cluster:
+    """What a batch runs on."""
+
+    root: Path
+    ports: dict[str, int] = field(default_factory=lambda: {"server": free_port(), "scheduler": free_port()})
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return f"tcp://127.0.0.1:{self.ports['scheduler']}"
+
+    @property
+    def api_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['server']}/api"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    @property
+    def chaos_dir(self) -> Path:
+        return self.root / "chaos"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        preloads = ["tests.chaos.faults", "tasks.preload", "tasks.announce"]
+        return os.environ | {
+            "CHAOS_DIR": str(self.chaos_dir),
+            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "50",
+            "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
+            "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": f"{WORKER_TTL_SECONDS}s",
+            "DASK_DISTRIBUTED__WORKER__PRELOAD": json.dumps(preloads),
+            "DO_NOT_TRACK": "1",
+            "OMP_NUM_THREADS": "1",
+            "PREFECT_API_URL": self.api_url,
+            "PREFECT_HOME": str(self.root / "prefect"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PYTHONPATH": str(ROOT),
+            "SCAIL_CHECKPOINT": str(self.checkpoint),
+            "SCAIL_CLAIM_SECONDS": str(CLAIM_SECONDS),
+            "SCAIL_MIN_FREE_SCRATCH_BYTES": "1000000",
+            "SCAIL_SCRATCH_DIR": str(self.root / "scratch"),
+            "SCAIL_STAGE_LIMIT_SECONDS": str(STAGE_LIMIT_SECONDS),
+        }
+
+    def start(self) -> None:
+        self.chaos_dir.mkdir(parents=True)
+        write_random_checkpoint(self.checkpoint, SCAIL_TINY, seed=0)
+        self.start_server()
+        self.start_scheduler()
+        for number in range(NUM_WORKERS):
+            self.start_worker(number)
+        wait_until(self.server_answers, "the Prefect server answers", 180)
+        self.wait_for_workers()
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            kill_tree(process)
+
+    def start_server(self) -> None:
+        self._spawn("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", self.ports["server"])
+
+    def start_scheduler(self) -> None:
+        port = self.ports["scheduler"]
+        self._spawn(
+            "scheduler", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"
+        )
+
+    def start_worker(self, number: int) -> None:
+        self._spawn(f"worker-{number}", "flows.cli", "worker", self.address)
+
+    def kill(self, name: str) -> None:
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def server_answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.api_url}/health", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def wait_for_workers(self, num_workers: int = NUM_WORKERS) -> None:
+        wait_until(lambda: len(self.workers()) >= num_workers, f"{num_workers} workers are registered", 120)
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers that the scheduler knows."""
+        from distributed import Client
+
+        try:
+            with Client(self.address, timeout=5, set_as_default=False) as client:
+                return list(client.run(os.getpid).values())
+        except OSError:
+            return []
+
+    def model_loads(self) -> int:
+        loads = self.chaos_dir / "loads"
+        return len(loads.read_text().splitlines()) if loads.exists() else 0
+
+    def switch(self, name: str, *, on: bool) -> None:
+        (self.chaos_dir / name).touch() if on else (self.chaos_dir / name).unlink(missing_ok=True)
+
+    def render(self, manifest: Path, output: Path, *, name: str = "run") -> Run:
+        log = manifest.parent / f"{name}.log"
+        arguments = ["render", manifest, "--output", output, "--checkpoint", self.checkpoint]
+        command = [sys.executable, "-m", "tests.chaos.coordinator", *map(str, arguments), "--workers", self.address]
+        with log.open("w") as file:
+            process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=file, stderr=file)
+        return Run(process, manifest, output, log)
+
+    def flow_state(self, run: Run) -> str:
+        """The state of the newest flow run of a manifest, as Prefect tells it."""
+        query = {"flow_runs": {"name": {"any_": [str(run.manifest)]}}, "sort": "START_TIME_DESC"}
+        request = urllib.request.Request(
+            f"{self.api_url}/flow_runs/filter", json.dumps(query).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)[0]["state"]["type"]
+
+    def _spawn(self, name: str, module: str, *arguments: object) -> None:
+        with (self.root / f"{name}.log").open("a") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                env=self.environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+            )
+
+
+def write_clips(folder: Path, prompts: Iterable[str], *, num_steps: int = 4) -> Path:
+    """A manifest of tiny clips, clip-0, clip-1, …, with these prompts."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)).save(folder / "reference.png")
+    frames = np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    frames[:, 16:48, 32:40] = (255, 85, 0)
+    encode_video(folder / "pose.mp4", frames, fps=24.0, metadata={})
+    path = folder / "manifest.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip_id", "reference", "pose", "prompt", "width", "height", "num_inference_steps", "seed"])
+        for number, prompt in enumerate(prompts):
+            writer.writerow(
+                [f"clip-{number}", "reference.png", "pose.mp4", prompt, WIDTH, HEIGHT, num_steps, number]
+            )
+    return path
+
+
+def done_clips(output: Path) -> dict[str, DoneRecord]:
+    """Every clip's done record, each checked to be whole and the only one."""
+    records = [DoneRecord.model_validate_json(path.read_text()) for path in (output / "done").glob("*.json")]
+    by_clip = {record.clip_id: record for record in records}
+    assert len(by_clip) == len(records), "a clip was published under two keys"
+    for record in records:
+        video = output / record.video
+        data = video.read_bytes()
+        assert len(data) == record.video_size
+        assert hashlib.md5(data).hexdigest() == record.video_md5
+        assert probe_video(video).num_frames == NUM_FRAMES
+        assert (output / record.poster).stat().st_size > 0
+        assert metrics_of(output, record).key == record.key
+    return by_clip
+
+
+def metrics_of(output: Path, record: DoneRecord) -> ClipMetrics:
+    return ClipMetrics.model_validate_json((output / record.metrics).read_text())
+
+
+def attempts_of(output: Path) -> dict[str, list[Attempt]]:
+    """Every start of every clip, by key."""
+    folder = output / "attempts"
+    keys = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return {key: read_attempts(str(output), key, policy=DEFAULT_POLICY) for key in keys}
+
+
+def computing(output: Path) -> list[Attempt]:
+    """Starts that are on a GPU now."""
+    every = [attempt for attempts in attempts_of(output).values() for attempt in attempts[-1:]]
+    return [attempt for attempt in every if attempt.stage is AttemptStage.COMPUTING and attempt.outcome is None]
+
+
+def num_computed(output: Path) -> int:
+    """Starts that came as far as a GPU, of all clips together."""
+    every = [attempt for attempts in attempts_of(output).values() for attempt in attempts]
+    return sum(attempt.stage is not AttemptStage.PREPARING for attempt in every)
+
+
+def wait_for_computing(run: Run) -> psutil.Process:
+    """A worker's process with a clip on its GPU."""
+
+    def busy() -> list[Attempt]:
+        assert run.process.poll() is None, f"the run ended before anything was rendered:\n{run.tail()}"
+        return computing(run.output)
+
+    attempts = wait_until(busy, "a clip is on a GPU")
+    return psutil.Process(int(attempts[0].worker.rpartition(":")[2]))
+
+
+def stop_signal(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGSTOP)
