@@ -19,12 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scail.checkpoint import on_meta
-from scail.config import ModelConfig, SamplingParams, TransformerConfig
+from scail.config import EXACT, ModelConfig, RuntimeConfig, SamplingParams, TransformerConfig
+from scail.mini.motion import joints_of_motion
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
 from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
-from scail.pipeline import ScailPipeline
+from scail.pipeline import ScailPipeline, prepare_transformer
+from scail.pose.render import render_pose
+from scail.pose.skeleton import PoseSequence
 from scail.types import LatentShape
 
 
@@ -37,6 +40,7 @@ def bench_clip(
     height: int,
     width: int,
     num_steps: int,
+    runtime: RuntimeConfig = EXACT,
 ) -> dict[str, Any]:
     """Render one clip twice, and measure the second.
 
@@ -44,25 +48,30 @@ def bench_clip(
         Seconds by stage, seconds and FLOP of one forward, its rate against the device's best matrix product, the
         peak memory: plain numbers, ready for JSON.
     """
-    pipeline = random_pipeline(config, device=device, dtype=dtype)
+    pipeline = random_pipeline(config, device=device, dtype=dtype, runtime=runtime)
     rng = np.random.default_rng(0)
     reference = rng.integers(0, 256, (height, width, 3), np.uint8)
     pose = rng.integers(0, 256, (num_frames, height, width, 3), np.uint8)
     params = SamplingParams(num_inference_steps=num_steps)
-    for _ in range(2):  # the first one picks convolution algorithms and fills the allocator
-        output = pipeline(reference, pose, "a dancer in the rain", params=params, size=(height, width))
+    outputs = [  # the first one compiles, picks convolution algorithms and fills the allocator
+        pipeline(reference, pose, "a dancer in the rain", params=params, size=(height, width)) for _ in range(2)
+    ]
+    output = outputs[-1]
     shape = LatentShape.of_clip(num_frames, height, width)
     forward_seconds = output.seconds["denoise"] / (2 * num_steps)  # two guidance passes; one `prepare` is in it
     ceiling = matmul_flop_per_second(config.transformer, device, dtype)
     flop = forward_flop(config.transformer, shape)
     return {
         "model": config.name,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "clip": {"num_frames": num_frames, "height": height, "width": width, **asdict(params)},
         "num_tokens": num_tokens(config.transformer, shape),
+        "attention": pipeline.attention,
+        "runtime": asdict(runtime),
         "seconds": output.seconds,
+        "first_clip_extra_seconds": sum(outputs[0].seconds.values()) - sum(output.seconds.values()),
         "forward_seconds": forward_seconds,
         "forward_flop": flop,
         "forward_flop_per_second": flop / forward_seconds,
@@ -73,10 +82,34 @@ def bench_clip(
     }
 
 
-def random_pipeline(config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> ScailPipeline:
+def bench_pose(
+    *, device: torch.device, num_frames: int = 65, height: int = 512, width: int = 896, frames_per_chunk: int = 32
+) -> dict[str, Any]:
+    """Milliseconds a frame of the pose renderer, one walking person; the median of three clips."""
+    joints = joints_of_motion("walk", num_frames, cycles=2.0, centre=(0.0, 0.0, 2600.0))
+    sequence = PoseSequence(joints[:, None], height, width)
+    seconds = median_seconds(
+        lambda: render_pose(sequence, device=device, frames_per_chunk=frames_per_chunk), device, repeats=3
+    )
+    return {
+        "device": device_name(device),
+        "clip": {"num_frames": num_frames, "height": height, "width": width, "frames_per_chunk": frames_per_chunk},
+        "milliseconds_per_frame": 1000 * seconds / num_frames,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def random_pipeline(
+    config: ModelConfig, *, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig = EXACT
+) -> ScailPipeline:
     """A pipeline of the given sizes whose weights are drawn on the device; deterministic for each kind of device."""
+    transformer = _randomised(lambda: ScailTransformer(config.transformer), device, dtype)
     return ScailPipeline(
-        transformer=_randomised(lambda: ScailTransformer(config.transformer), device, dtype),
+        transformer=transformer,
+        attention=prepare_transformer(transformer, device, dtype, runtime),
         vae=_randomised(lambda: VideoVae.from_config(config.vae), device, dtype),
         text_encoder=_randomised(lambda: TextEncoder.from_config(config.text_encoder), device, dtype),
         image_encoder=_randomised(lambda: ImageEncoder.from_config(config.image_encoder), device, dtype),

@@ -6,6 +6,7 @@ Importing this module costs nothing: no torch, so that a process that only plans
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 # Part of every clip's content key. Raise it when a change to the code changes pixels at equal inputs.
 NUMERICS_VERSION = 1
@@ -154,6 +155,23 @@ class SamplingParams:
     shift: float = 5.0
     seed: int = 0
 
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a model is run on its device. The defaults change no number beyond the rounding of the dtype.
+
+    Attributes:
+        attention: A backend of `scail.models.attention`; absent: the fastest exact one that passes its check.
+        quantization: `float8` computes the blocks' matrix products in float8 (Hopper, Ada).
+        compiled: Fuse what lies between the matrix products; the first clip of a process waits for the compiler.
+    """
+
+    attention: str | None = None
+    quantization: Literal["none", "float8"] = "none"
+    compiled: bool = False
+
+
+EXACT = RuntimeConfig()
 
 QUALITY = SamplingParams()  # the official recipe
 

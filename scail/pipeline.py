@@ -19,14 +19,16 @@ from scail.checkpoint import (
     load_transformer,
     load_vae,
 )
-from scail.config import MAX_FRAMES, QUALITY, SamplingParams
+from scail.config import EXACT, MAX_FRAMES, QUALITY, RuntimeConfig, SamplingParams
 from scail.encodings import EncodingCache
 from scail.errors import InvalidInputError, OutOfMemoryError
 from scail.geometry import check_size, target_size
+from scail.models.attention import choose_attention
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
 from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
+from scail.quantization import quantize_blocks
 from scail.sampling import denoise, flow_sigmas, guide
 from scail.timing import StageClock
 from scail.types import Conditioning, LatentShape, ScailOutput
@@ -39,6 +41,7 @@ class ScailPipeline:
     Attributes:
         device: Where every stage computes.
         dtype: Of weights and activations; latents, guidance and the Euler steps are float32 whatever it is.
+        attention: The backend that was chosen, for the record.
     """
 
     transformer: ScailTransformer
@@ -48,6 +51,7 @@ class ScailPipeline:
     tokenizer: Callable[[str], tuple[Tensor, Tensor]]  # token ids and mask, each (1, 512)
     device: torch.device
     dtype: torch.dtype
+    attention: str = "sdpa"
 
     @classmethod
     def from_pretrained(
@@ -56,6 +60,7 @@ class ScailPipeline:
         *,
         device: str | torch.device = "cuda",
         dtype: torch.dtype = torch.bfloat16,
+        runtime: RuntimeConfig = EXACT,
     ) -> ScailPipeline:
         """Load a checkpoint folder, as `scail convert` writes it.
 
@@ -63,8 +68,10 @@ class ScailPipeline:
             CheckpointError: If a file or a weight is missing, extra, misshapen or unreadable.
         """
         path, device = Path(checkpoint_dir), torch.device(device)
+        transformer = load_transformer(path, device=device, dtype=dtype)
         return cls(
-            transformer=load_transformer(path, device=device, dtype=dtype),
+            transformer=transformer,
+            attention=prepare_transformer(transformer, device, dtype, runtime),
             vae=load_vae(path, device=device, dtype=dtype),
             text_encoder=load_text_encoder(path, device=device, dtype=dtype),
             image_encoder=load_image_encoder(path, device=device, dtype=dtype),
@@ -183,6 +190,19 @@ class ScailPipeline:
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """uint8 (F', H, W, 3) frames of latents (1, 16, f, h, w)."""
         return preprocess.to_frames(self.vae.decode(latents))
+
+
+def prepare_transformer(
+    transformer: ScailTransformer, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig
+) -> str:
+    """Quantise, give the fastest attention, compile: as `runtime` says. Returns the attention's name."""
+    if runtime.quantization == "float8":
+        quantize_blocks(transformer)
+    attention = runtime.attention or choose_attention(device, dtype)
+    transformer.use_attention(attention)
+    if runtime.compiled:
+        transformer.compile_blocks()
+    return attention
 
 
 def seeded_noise(shape: LatentShape, seed: int) -> Tensor:

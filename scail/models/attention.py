@@ -94,17 +94,19 @@ def _(query: Tensor, *_others: Tensor) -> Tensor:
     return torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
 
 
-BACKENDS: dict[str, Attention] = {"flash_attention_3": flash_attention_3, "cudnn": cudnn, "sdpa": sdpa}  # best first
+EXACT: dict[str, Attention] = {"flash_attention_3": flash_attention_3, "cudnn": cudnn, "sdpa": sdpa}  # best first
+BACKENDS: dict[str, Attention] = EXACT | {"flash_attention_3_float8": flash_attention_3_float8}
+CROSS_ATTENTION = {"flash_attention_3_float8": "flash_attention_3"}  # few keys: nothing to win, so nothing to lose
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the fastest backend that is installed, fits the device and passes its check there.
+    """The name of the fastest exact backend that is installed, fits the device and passes its check there.
 
     Args:
         device: Where the model runs.
         dtype: Of its activations.
     """
-    return next(name for name in BACKENDS if name == "sdpa" or (fits(name, device, dtype) and passes(name, device)))
+    return next(name for name in EXACT if name == "sdpa" or (fits(name, device, dtype) and passes(name, device)))
 
 
 def fits(name: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -113,7 +115,7 @@ def fits(name: str, device: torch.device, dtype: torch.dtype) -> bool:
         return True
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    if name == "flash_attention_3":
+    if name.startswith("flash_attention_3"):
         return find_spec("fa3_fwd_interface") is not None and torch.cuda.get_device_capability(device)[0] == 9
     return torch.cuda.get_device_capability(device)[0] >= 8
 

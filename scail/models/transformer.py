@@ -25,7 +25,7 @@ from scail.errors import InvalidInputError
 from scail.kernels import qk_norm_rotary
 from scail.kernels.reference import layer_norm_modulate, rms_norm
 from scail.memory import ensure_on
-from scail.models.attention import BACKENDS, Attention, sdpa
+from scail.models.attention import BACKENDS, CROSS_ATTENTION, Attention, sdpa
 from scail.models.rope import RotaryTable, rotary_table
 from scail.types import Conditioning
 
@@ -86,7 +86,8 @@ class ScailTransformer(nn.Module):
     def use_attention(self, backend: str) -> None:
         """Take a backend of `scail.models.attention` for every softmax; it is `sdpa` until then."""
         for block in self.transformer_blocks():
-            block.self_attn.attend = block.cross_attn.attend = BACKENDS[backend]
+            block.self_attn.attend = BACKENDS[backend]
+            block.cross_attn.attend = BACKENDS[CROSS_ATTENTION.get(backend, backend)]
 
     def prepare(self, conditioning: Conditioning) -> PreparedConditioning:
         """Everything that stays the same from step to step."""

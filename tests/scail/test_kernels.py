@@ -1,0 +1,98 @@
+"""The Triton kernels against their plain versions, on a GPU; the plain versions against what they mean, anywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scail import kernels
+from scail.kernels import reference
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def random(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def share_that_differs(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() != theirs.float()).float().mean())
+
+
+def test_rows_come_back_within_the_rounding_of_float8():
+    x = random(64, 96) * torch.logspace(-6, 6, 64)[:, None]
+
+    values, scales = kernels.quantize_rows(x)
+
+    assert values.dtype == torch.float8_e4m3fn
+    worst = ((values.float() * scales - x).abs() / x.abs().amax(dim=1, keepdim=True)).max()
+    assert worst <= 16 / 448 + 1e-6  # half of the last bit of the largest number
+
+
+def test_a_row_of_zeros_stays_zeros():
+    values, scales = kernels.quantize_rows(torch.zeros(2, 16))
+
+    assert torch.equal(values.float() * scales, torch.zeros(2, 16))
+
+
+def test_one_large_number_costs_its_own_row_only():
+    x = random(2, 64)
+    spoilt = x.clone()
+    spoilt[0, 0] = 1e6
+
+    (values, scales), (spoilt_values, spoilt_scales) = kernels.quantize_rows(x), kernels.quantize_rows(spoilt)
+
+    assert torch.equal(values[1].float() * scales[1], spoilt_values[1].float() * spoilt_scales[1])
+    assert not torch.equal(values[0].float() * scales[0], spoilt_values[0].float() * spoilt_scales[0])
+
+
+def test_the_joined_steps_are_the_single_ones():
+    x, shift, scale = random(2, 5, 32), random(2, 1, 32), random(2, 1, 33)[..., :32]
+
+    gelu, _ = kernels.gelu_quantize_rows(x[0])
+    normed, _ = kernels.layer_norm_modulate_quantize_rows(x, shift, scale, eps=1e-6)
+
+    expected = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift
+    assert torch.equal(gelu.float(), kernels.quantize_rows(F.gelu(x[0], approximate="tanh"))[0].float())
+    assert torch.equal(normed.float(), kernels.quantize_rows(expected.flatten(0, 1))[0].float())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("length", "num_heads", "head_size"), [(7, 40, 128), (300, 4, 12), (33, 3, 20), (64, 4, 64)])
+def test_the_query_and_key_kernel_equals_its_plain_version(length, num_heads, head_size):
+    size = num_heads * head_size
+    qkv = random(2, length, 3 * size, device="cuda", dtype=torch.bfloat16)
+    weights = [random(size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    cos, sin = (random(length, head_size // 2 + i, device="cuda")[:, : head_size // 2].contiguous() for i in (0, 1))
+
+    ours = kernels.qk_norm_rotary(qkv, *weights, cos, sin, head_size=head_size, eps=1e-6)
+
+    theirs = reference.qk_norm_rotary(qkv, *weights, cos, sin, head_size, 1e-6)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.shape == (2, length, num_heads, head_size)
+        assert share_that_differs(mine, its) < 1e-3  # a sum in another order, at the edge of a rounding
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("size", [48, 5120, 13824])
+def test_the_quantising_kernels_equal_their_plain_versions(size):
+    x = random(257, size, device="cuda", dtype=torch.bfloat16)
+    shift, scale = (random(1, 1, size + i, device="cuda", dtype=torch.bfloat16)[..., :size] for i in (0, 1))
+
+    pairs = {
+        "rows": (kernels.quantize_rows(x), reference.quantize_rows(x)),
+        "gelu": (kernels.gelu_quantize_rows(x), reference.gelu_quantize_rows(x)),
+        "norm": (
+            kernels.layer_norm_modulate_quantize_rows(x[None], shift, scale, eps=1e-6),
+            reference.layer_norm_modulate_quantize_rows(x[None], shift, scale, 1e-6),
+        ),
+    }
+
+    for name, ((values, scales), (plain_values, plain_scales)) in pairs.items():
+        ours, theirs = values.float() * scales, plain_values.float() * plain_scales
+        assert (ours - theirs).norm() / theirs.norm() < (0.02 if name == "norm" else 2e-3), name
