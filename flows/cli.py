@@ -193,6 +193,28 @@ def bench(
         json.write_text(document, encoding="utf-8")
 
 
+pose_app = typer.Typer(no_args_is_help=True, help="The pose side: joints in, the video that SCAIL follows out.")
+app.add_typer(pose_app, name="pose")
+
+
+@pose_app.command("render")
+def render_pose_file(
+    joints: Annotated[Path, typer.Argument(help="Pose file (.npz): SMPL joints in camera millimetres.")],
+    video: Annotated[Path, typer.Argument(help="The mp4 to write.")],
+    height: Annotated[int | None, typer.Option(min=2, help="Rows; with --width. [default: the pose file's]")] = None,
+    width: Annotated[int | None, typer.Option(min=2, help="Columns; with --height.")] = None,
+    two_persons: Annotated[bool, typer.Option("--two-persons", help="Colours that tell persons apart.")] = False,
+) -> None:
+    """Draw a pose file as the official renderer does."""
+    from tasks.pose import render_pose_video
+
+    try:
+        num_frames = render_pose_video(joints, video, height=height, width=width, two_persons=two_persons)
+    except RefusedError as error:
+        _refuse(error)
+    out.print(f"{num_frames} frames → {video}", markup=False)
+
+
 @app.command()
 def demo(
     manifest: ManifestArgument = "manifests/demo.csv",

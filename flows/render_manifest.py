@@ -15,14 +15,15 @@ from prefect.states import Completed, Failed
 
 from tasks import cluster, storage
 from tasks.attempts import cancelling_on_exit
-from tasks.checkpoint import CheckpointInfo, inspect_checkpoint
+from tasks.checkpoint import inspect_checkpoint
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
-from tasks.plan import Plan, plan_clips, read_rows, result_of
+from tasks.notify import open_notifications
+from tasks.plan import Plan, forecast_plan, plan_clips, read_rows, result_of
 from tasks.render import render_clip, software_versions
 from tasks.report import write_report
 from tasks.results import RunInfo, Summary, closing_line, mark_success, write_results
 from tasks.settings import Settings
-from tasks.window import in_cache_order, run_window
+from tasks.window import run_window
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def render_manifest(
     """
     settings = Settings()
     started_at = datetime.now(UTC)
+    run_id = f"{started_at:%Y%m%dT%H%M%SZ}-{flow_run.id.partition('-')[0]}"
     rows = read_rows(manifest, skip_invalid=skip_invalid, limit=limit)
     model = inspect_checkpoint(checkpoint or settings.checkpoint)
     plan = plan_clips(
@@ -69,11 +71,29 @@ def render_manifest(
         policy=settings.storage_policy(),
         threads=settings.planning_threads,
     )
-    logger.info("%d clips to render, %d rows settled before", len(plan.jobs), len(plan.settled))
-    rendered = render_all(plan, output_uri=output, checkpoint=model.path, settings=settings)
-    results = sorted([*rows.invalid, *plan.settled, *rendered], key=lambda result: result.row)
-    run = describe_run(manifest, output, model, results, started_at, settings)
-    summary = publish_run(results, rows.columns, run)
+    forecast = forecast_plan(plan, output_uri=output, model=model, settings=settings)
+    logger.info("%d rows settled before; %s", len(plan.settled), forecast)
+    results = [*rows.invalid, *plan.settled]
+    with open_notifications(settings, run_id=run_id, manifest_uri=manifest, output_uri=output) as notifications:
+        notifications.started(plan, rows.invalid)
+        for result in render_all(plan, output_uri=output, checkpoint=model.path, settings=settings):
+            results.append(result)
+            notifications.clip(result)
+        run = RunInfo(
+            run_id=run_id,
+            manifest_uri=manifest,
+            output_uri=output,
+            started_at=started_at,
+            finished_at=datetime.now(UTC),
+            checkpoint_name=model.name,
+            checkpoint_fingerprint=model.fingerprint,
+            device=devices_of(results),
+            versions=software_versions(),
+            price_per_gpu_hour=settings.price_per_gpu_hour,
+            notice=model.notice or None,
+        )
+        summary = publish_run(results, rows.columns, run)
+        notifications.finished(summary)
     ok = not (summary.counts[ClipStatus.FAILED] or summary.counts[ClipStatus.INVALID])
     return (Completed if ok else Failed)(message=closing_line(summary, report_uri(run)), data=summary)
 
@@ -82,16 +102,14 @@ def render_all(plan: Plan, *, output_uri: str, checkpoint: str, settings: Settin
     """The result of every row of the plan that has to be rendered, as they come."""
     if not plan.jobs:
         return
-    num_slots = cluster.slots()
-    run_id = flow_run.id
     submit = partial(
         render_clip.submit,
         output_uri=output_uri,
-        run_id=run_id,
+        run_id=flow_run.id,
         checkpoint=checkpoint if cluster.renders_here() else None,
     )
-    with cancelling_on_exit(output_uri, run_id, policy=settings.storage_policy()):
-        for job, outcome in run_window(in_cache_order(plan.jobs), cast(Any, submit), num_slots):
+    with cancelling_on_exit(output_uri, flow_run.id, policy=settings.storage_policy()):
+        for job, outcome in run_window(plan.jobs, cast(Any, submit), cluster.slots()):
             result = outcome if isinstance(outcome, ClipResult) else failed_result(job, outcome)
             yield result
             yield from (twin_result(result, job, twin) for twin in plan.twins.get(job.key, ()))
@@ -111,29 +129,10 @@ def twin_result(result: ClipResult, job: ClipJob, twin: ClipRequest) -> ClipResu
     return result.model_copy(update=own | note)
 
 
-def describe_run(
-    manifest: str,
-    output: str,
-    model: CheckpointInfo,
-    results: Sequence[ClipResult],
-    started_at: datetime,
-    settings: Settings,
-) -> RunInfo:
-    """Which run it was, as the summary and the report state it."""
-    rendered = [result.metrics for result in results if result.metrics and result.status is ClipStatus.RENDERED]
-    return RunInfo(
-        run_id=f"{started_at:%Y%m%dT%H%M%SZ}-{flow_run.id.partition('-')[0]}",
-        manifest_uri=manifest,
-        output_uri=output,
-        started_at=started_at,
-        finished_at=datetime.now(UTC),
-        checkpoint_name=model.name,
-        checkpoint_fingerprint=model.fingerprint,
-        device=", ".join(sorted({metrics.device for metrics in rendered})) or "none",
-        versions=software_versions(),
-        price_per_gpu_hour=settings.price_per_gpu_hour,
-        notice=model.notice or None,
-    )
+def devices_of(results: Sequence[ClipResult]) -> str:
+    """What the run's own clips were rendered on."""
+    rendered = (result.metrics for result in results if result.metrics and result.status is ClipStatus.RENDERED)
+    return ", ".join(sorted({metrics.device for metrics in rendered})) or "none"
 
 
 def publish_run(results: Sequence[ClipResult], columns: Sequence[str], run: RunInfo) -> Summary:

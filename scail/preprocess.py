@@ -29,7 +29,7 @@ def reference_pixels(image: NDArray[np.uint8], height: int, width: int) -> Tenso
     Returns:
         Float32 (1, 3, 1, height, width), about -1 … 1: bicubic overshoot is kept, as the official code keeps it.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255 * 2 - 1  # (1, 3, H, W)
+    pixels = torch.tensor(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255 * 2 - 1  # (1, 3, H, W)
     return _centre_crop(_cover(pixels, height, width), height, width)[:, :, None]
 
 
@@ -51,7 +51,7 @@ def pose_pixels(frames: NDArray[np.uint8], height: int, width: int) -> Tensor:
 
 def crop_pose(frames: NDArray[np.uint8], height: int, width: int) -> Tensor:
     """uint8 (F, 3, height, width): resized as uint8, so rounded and clamped before the crop."""
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    pixels = torch.tensor(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     if pixels.shape[-2:] != cover_size(frames.shape[1], frames.shape[2], height, width):
         pixels = _cover(pixels.float(), height, width).clamp(0, 255).round().to(torch.uint8)
     return _centre_crop(pixels, height, width)

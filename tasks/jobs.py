@@ -217,6 +217,7 @@ class ClipMetrics(BaseModel):
     attempt_log: tuple[Attempt, ...] = ()  # every start of this clip, this one last
     cache_hits: tuple[str, ...] = ()  # encodings that an earlier clip on the same worker had computed
     device: str
+    attention: str = "sdpa"  # the backend that computed the transformer's softmaxes
     checkpoint_fingerprint: str
     versions: dict[str, str]
     finished_at: str  # ISO 8601, UTC

@@ -17,12 +17,13 @@ from tasks.settings import Settings
 if TYPE_CHECKING:
     from distributed import Worker
 
+
 def dask_setup(_worker: Worker) -> None:
     settings = Settings()
     watchdog.start()
     sweep_scratch(settings.scratch_dir)
     fingerprint = checkpoint_fingerprint(Path(settings.checkpoint))
-    load_pipeline(settings.checkpoint, fingerprint, settings.device, settings.dtype)
+    load_pipeline(settings.checkpoint, fingerprint, settings.device, settings.dtype, settings.compiled)
 
 
 def dask_teardown(_worker: Worker) -> None:

@@ -34,7 +34,6 @@ from tasks.watchdog import time_limit
 from tasks.worker import in_dask_worker, replace_process
 
 if TYPE_CHECKING:
-    import torch
     from pydantic import BaseModel
 
     from scail import ScailOutput, ScailPipeline
@@ -119,7 +118,9 @@ def render_to_folder(
     seconds: dict[str, float] = {}
     with Turn() as turn:
         with limit():
-            pipeline = load_pipeline(checkpoint, job.checkpoint_fingerprint, settings.device, settings.dtype)
+            pipeline = load_pipeline(
+                checkpoint, job.checkpoint_fingerprint, settings.device, settings.dtype, settings.compiled
+            )
             inputs = prepare(job, clip_dir, report, seconds, settings=settings)
         turn.compute()
         attempt.enter(AttemptStage.COMPUTING)
@@ -129,7 +130,7 @@ def render_to_folder(
     with limit(), cpu_stage("encode_mp4", report, seconds):
         encode_video(clip_dir / VIDEO, output.frames, fps=inputs.fps, metadata=provenance(job), ffmpeg=settings.ffmpeg)
         write_poster(clip_dir / POSTER, output.frames[len(output.frames) // 2])
-    metrics = clip_metrics(job, inputs, output, seconds=seconds, cache_hits=cache_hits, device=pipeline.device)
+    metrics = clip_metrics(job, inputs, output, seconds=seconds, cache_hits=cache_hits, pipeline=pipeline)
     (clip_dir / METRICS).write_bytes(_json(metrics))
 
 
@@ -216,13 +217,13 @@ def clip_metrics(
     *,
     seconds: dict[str, float],
     cache_hits: tuple[str, ...],
-    device: torch.device,
+    pipeline: ScailPipeline,
 ) -> ClipMetrics:
     """Everything that is known about a clip once its video is encoded."""
     import torch
 
     num_frames, height, width = output.frames.shape[:3]
-    on_gpu = device.type == "cuda"
+    on_gpu = pipeline.device.type == "cuda"
     return ClipMetrics(
         clip_id=job.clip_id,
         key=job.key,
@@ -244,7 +245,8 @@ def clip_metrics(
         peak_memory_gib=output.peak_memory_gib,
         attempts=1,  # with the log of all of them, once the clip is published
         cache_hits=cache_hits,
-        device=torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+        device=torch.cuda.get_device_name(pipeline.device) if on_gpu else f"{platform.machine()} CPU",
+        attention=pipeline.attention,
         checkpoint_fingerprint=job.checkpoint_fingerprint,
         versions=software_versions(),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

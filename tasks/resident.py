@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
-def load_pipeline(checkpoint: str, fingerprint: str, device: str, dtype: str) -> ScailPipeline:
+def load_pipeline(checkpoint: str, fingerprint: str, device: str, dtype: str, compiled: bool = False) -> ScailPipeline:
     """The resident pipeline; a second call with the same arguments costs nothing.
 
     Args:
@@ -31,18 +31,22 @@ def load_pipeline(checkpoint: str, fingerprint: str, device: str, dtype: str) ->
         fingerprint: What the folder's fingerprint must be.
         device: `auto`, or a torch device.
         dtype: `auto`, `bfloat16` or `float32`.
+        compiled: Let the compiler fuse the transformer's blocks; the first clip waits for it.
 
     Raises:
         CheckpointError: If the folder cannot be loaded or holds another model.
     """
     from scail import CheckpointError, ScailPipeline
+    from scail.config import RuntimeConfig
     from scail.fingerprint import checkpoint_fingerprint
 
     if (found := checkpoint_fingerprint(Path(checkpoint))) != fingerprint:
         raise CheckpointError(f"{checkpoint} on this machine has the fingerprint {found}; expected {fingerprint}.")
     start = time.perf_counter()
     torch_device, torch_dtype = choose_device(device, dtype)
-    pipeline = ScailPipeline.from_pretrained(checkpoint, device=torch_device, dtype=torch_dtype)
+    pipeline = ScailPipeline.from_pretrained(
+        checkpoint, device=torch_device, dtype=torch_dtype, runtime=RuntimeConfig(compiled=compiled)
+    )
     logger.info("loaded %s on %s as %s in %.1f s", checkpoint, device, torch_dtype, time.perf_counter() - start)
     return pipeline
 

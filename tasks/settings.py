@@ -20,6 +20,7 @@ class Settings(BaseSettings):
     checkpoint: str = Field("checkpoints/SCAIL-14B", description="Folder written by `scail convert`.")
     device: str = Field("auto", description="`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="`auto`: bfloat16 on a GPU.")
+    compiled: bool = Field(False, description="Let torch.compile fuse the model: a GPU is a tenth faster after 15 s.")
     profile: str = Field("quality", description="Sampling profile of rows that name none.")
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / "scail",

@@ -77,23 +77,6 @@ def run_window(
             time.sleep(POLL_SECONDS)
 
 
-def in_cache_order(jobs: Sequence[ClipJob]) -> list[ClipJob]:
-    """Higher priority first; then clips that share a pose, a reference or a prompt beside each other.
-
-    A worker keeps its last encodings, the pose's being the dearest. Groups stay in the order of their first rows.
-    """
-    places: dict[str, int] = {}
-
-    def place(value: str) -> int:
-        return places.setdefault(value, len(places))
-
-    def rank(job: ClipJob) -> tuple[int, ...]:
-        request = job.request
-        return (-request.priority, place(request.pose), place(request.reference), place(f"prompt {request.prompt}"))
-
-    return sorted(jobs, key=rank)
-
-
 def _due(waiting: deque[_Entry], num_free: int) -> Iterator[_Entry]:
     """Takes out the first entries that may be submitted now."""
     now = time.monotonic()

@@ -15,6 +15,7 @@ from flows.cli import app
 from scail import __version__
 from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY
+from scail.probe import probe_video
 from tests.flows.conftest import HEIGHT, WIDTH
 
 
@@ -175,3 +176,24 @@ def test_the_version_is_the_installed_one():
     from importlib.metadata import version
 
     assert version("scail-batch-renders") == __version__
+
+
+def test_a_pose_file_becomes_a_video(tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "p01_walk_128x224.npz"
+
+    done = scail("pose", "render", golden, tmp_path / "walk.mp4")
+    resized = scail("pose", "render", golden, tmp_path / "small.mp4", "--height", 64, "--width", 96)
+
+    assert (done.exit_code, done.stdout) == (0, f"8 frames → {tmp_path}/walk.mp4\n")
+    assert (probe_video(tmp_path / "walk.mp4").width, probe_video(tmp_path / "walk.mp4").height) == (224, 128)
+    assert probe_video(tmp_path / "small.mp4").width == 96
+    assert resized.exit_code == 0
+
+
+def test_a_pose_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "joints.npz").write_bytes(b"no zip at all")
+
+    result = scail("pose", "render", tmp_path / "joints.npz", tmp_path / "walk.mp4")
+
+    assert result.exit_code == 2
+    assert "cannot be read as a pose file" in result.stderr

@@ -95,7 +95,9 @@ def test_every_hostile_file_has_its_expected_outcome(cases, outcomes):
         f"{case.name}: {found[case.name]!r}, expected {case.shape or case.message!r}"
         for case in cases
         if found[case.name] != case.shape
-        and not (case.message and re.search(rf"^line 7, column {case.column}: .*({case.message})", str(found[case.name])))
+        and not (
+            case.message and re.search(rf"^line 7, column {case.column}: .*({case.message})", str(found[case.name]))
+        )
     ]
 
     assert len(cases) >= 100
@@ -150,8 +152,8 @@ def test_a_landscape_pose_for_a_portrait_reference_says_which_orientation_is_exp
         decode(reference, pose, tmp_path / "scratch")
 
     assert str(error.value) == (
-        "line 7, column pose: the picture is landscape (896 x 512) and the clip is portrait (512 x 896): the centre crop would"
-        " keep 33% of it; expected a portrait picture, or width and height in the row."
+        "line 7, column pose: the picture is landscape (896 x 512) and the clip is portrait (512 x 896): "
+        "the centre crop would keep 33% of it; expected a portrait picture, or width and height in the row."
     )
 
 
@@ -224,7 +226,7 @@ def _fake_ffprobe(folder: Path, script: str) -> Path:
 def test_limits_of_a_file_are_the_callers(files, tmp_path):
     limits = replace(DEFAULT_LIMITS, media=MediaLimits(max_bytes=100))
 
-    with pytest.raises(InvalidInputError, match=r"line 7, column reference: the file has .* bytes; at most 100 are read"):
+    with pytest.raises(InvalidInputError, match=r"line 7, column reference: .* bytes; at most 100 are read"):
         decode(*files, tmp_path / "scratch", limits=limits)
 
 

@@ -1,0 +1,256 @@
+"""The GPU task in one process: what overlaps, what is shared, what is tried again."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scail.video
+from scail.checkpoint import write_random_checkpoint
+from scail.config import SCAIL_TINY, SamplingParams
+from scail.encodings import EncodingCache
+from scail.fingerprint import checkpoint_fingerprint
+from scail.probe import probe_video
+from scail.types import ScailOutput
+from scail.video import encode_video
+from tasks import render
+from tasks.errors import DeviceFaultError, ScratchFullError
+from tasks.inputs import ClipInputs
+from tasks.jobs import AttemptStage, ClipJob, ClipRequest, ClipStatus
+from tasks.render import render_clip
+from tasks.resident import load_encodings, load_pipeline
+
+HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    for name, seed in (("a.png", 0), ("b.png", 1)):
+        picture = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(picture).save(folder / name)
+    encode_video(folder / "pose.mp4", np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8), fps=24.0, metadata={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "SCAIL_TINY"
+    write_random_checkpoint(folder, SCAIL_TINY, seed=0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCAIL_SCRATCH_DIR", str(tmp_path / "scratch"))
+    load_pipeline.cache_clear()
+    load_encodings.cache_clear()
+
+
+def job(media: Path, number: int, *, fingerprint: str = "model", **request) -> ClipJob:
+    row = {
+        "row": number,
+        "clip_id": f"clip-{number}",
+        "reference": str(media / "a.png"),
+        "pose": str(media / "pose.mp4"),
+        "prompt": "a dancer",
+        "width": WIDTH,
+        "height": HEIGHT,
+    }
+    params = SamplingParams(num_inference_steps=2, guidance_scale=4.0, shift=5.0, seed=number)
+    return ClipJob(
+        request=ClipRequest(**row | request), key=f"{number:032x}", params=params, checkpoint_fingerprint=fingerprint
+    )
+
+
+class Recorder:
+    """When each stage of each clip ran, in this process."""
+
+    def __init__(self) -> None:
+        self.intervals: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+        self._clip = threading.local()
+
+    def begin(self, clip_id: str) -> None:
+        self._clip.id = clip_id
+
+    @contextmanager
+    def stage(self, name: str, seconds: float):
+        start = time.perf_counter()
+        time.sleep(seconds)
+        yield
+        self.intervals[self._clip.id][name] = (start, time.perf_counter())
+
+
+@pytest.fixture
+def recorder(media, monkeypatch) -> Recorder:
+    """Stages that only take time: a third of a clip's time before the GPU, a third on it, a third after it."""
+    recorder = Recorder()
+    frames = np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+
+    def fetch(job, _scratch_dir, **_):
+        recorder.begin(job.clip_id)
+
+    def decode(*_args, **_kwargs) -> ClipInputs:
+        with recorder.stage("prepare", 0.15):
+            return ClipInputs(frames[0], frames, 24.0, (HEIGHT, WIDTH), probe_video(media / "pose.mp4"), 1.0)
+
+    class Pipeline:
+        device = torch.device("cpu")
+        attention = "sdpa"
+
+        def __call__(self, *_args, **_kwargs) -> ScailOutput:
+            with recorder.stage("gpu", 1.0):
+                return ScailOutput(frames, torch.zeros(1), {"denoise": 0.3}, 0.0, 0)
+
+    def encode(*args, **kwargs) -> None:
+        with recorder.stage("encode", 0.1):
+            encode_video(*args, **kwargs)
+
+    monkeypatch.setattr(render, "fetch_inputs", fetch)
+    monkeypatch.setattr(render, "decode_inputs", decode)
+    monkeypatch.setattr(render, "load_pipeline", lambda *_args: Pipeline())
+    monkeypatch.setattr(scail.video, "encode_video", encode)
+    return recorder
+
+
+def test_one_clip_is_on_the_gpu_while_its_neighbours_are_prepared_and_encoded(recorder, media, tmp_path):
+    jobs = [job(media, number) for number in range(6)]
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint="fake")
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(task, jobs))
+
+    assert {result.status for result in results} == {ClipStatus.RENDERED}
+    clips = sorted(recorder.intervals.values(), key=lambda clip: clip["gpu"])
+    for earlier, later in itertools.pairwise(clips):
+        assert earlier["gpu"][1] <= later["gpu"][0], "two clips were on the GPU at once"
+        assert earlier["encode"][0] < later["gpu"][1], "the next clip waited until this one was encoded"
+    for earlier, later in itertools.pairwise(clips[1:]):  # the first two come in together
+        assert later["prepare"][0] < earlier["gpu"][1], "the next clip's inputs were not fetched meanwhile"
+
+
+def test_clips_that_share_a_reference_a_pose_or_a_prompt_encode_it_once(media, checkpoint, tmp_path):
+    fingerprint = checkpoint_fingerprint(checkpoint)
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+    rows = [{}, {}, {"reference": str(media / "b.png")}, {"prompt": "a runner"}]
+
+    results = [task(job(media, number, fingerprint=fingerprint, **row)) for number, row in enumerate(rows)]
+
+    assert [result.metrics.cache_hits for result in results] == [
+        (),
+        ("prompt", "negative_prompt", "image", "reference", "pose"),
+        ("prompt", "negative_prompt", "pose"),
+        ("negative_prompt", "image", "reference", "pose"),
+    ]
+
+
+def test_shared_encodings_change_no_pixel(media, checkpoint):
+    pipeline = load_pipeline(str(checkpoint), checkpoint_fingerprint(checkpoint), "cpu", "float32")
+    reference = np.asarray(Image.open(media / "a.png"))
+    pose = np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    params, encodings = SamplingParams(num_inference_steps=2, seed=3), EncodingCache(max_bytes=2**24)
+
+    plain, first, second = (
+        pipeline(reference, pose, "hi", params=params, size=(HEIGHT, WIDTH), encodings=cache)
+        for cache in (None, encodings, encodings)
+    )
+
+    assert len(encodings.hits) == 5
+    assert torch.equal(plain.latents, first.latents)
+    assert torch.equal(plain.latents, second.latents)
+
+
+def test_the_cache_of_encodings_keeps_to_its_bytes_and_forgets_the_oldest():
+    cache, calls = EncodingCache(max_bytes=8), []
+
+    def encode(text: str) -> torch.Tensor:
+        calls.append(text)
+        return torch.zeros(1)  # 4 bytes
+
+    for text in ("a", "b", "a", "c", "a", "b"):
+        cache.get("prompt", encode, text)
+
+    assert calls == ["a", "b", "c", "b"]
+
+
+def test_equal_bytes_of_another_shape_are_other_content():
+    cache = EncodingCache(max_bytes=1000)
+
+    first = cache.get("pose", torch.clone, torch.zeros(2, 3))
+    second = cache.get("pose", torch.clone, torch.zeros(3, 2))
+
+    assert (first.shape, second.shape) == ((2, 3), (3, 2))
+
+
+def test_a_clip_that_another_run_has_published_counts_as_skipped(recorder, media, tmp_path):
+    task = partial(render_clip.fn, job(media, 1), output_uri=str(tmp_path / "out"), checkpoint="fake")
+
+    statuses = [task(run_id=run_id).status for run_id in ("run-1", "run-1", "run-2")]
+
+    assert statuses == [ClipStatus.RENDERED, ClipStatus.RENDERED, ClipStatus.SKIPPED]
+
+
+def test_a_clip_that_another_run_renders_is_left_to_it(recorder, media, tmp_path):
+    task = partial(render_clip.fn, job(media, 1), output_uri=str(tmp_path / "out"), checkpoint="fake")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(task, run_id="run-1")
+        time.sleep(0.2)
+        second = pool.submit(task, run_id="run-2").result()
+
+    assert second is None
+    assert first.result().status is ClipStatus.RENDERED
+
+
+def test_a_fault_of_the_gpu_ends_the_worker_and_not_a_process_of_ours(recorder, media, tmp_path, monkeypatch):
+    ended = []
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    broken.device = torch.device("cpu")
+    monkeypatch.setattr(render, "load_pipeline", lambda *_args: broken)
+    monkeypatch.setattr(render, "replace_process", lambda: ended.append(1))
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint="fake")
+
+    for number, is_worker in enumerate((False, True)):
+        monkeypatch.setattr(render, "in_dask_worker", lambda is_worker=is_worker: is_worker)
+        with pytest.raises(DeviceFaultError):
+            task(job(media, number))
+
+    assert len(ended) == 1
+
+
+def test_the_gpu_is_free_again_after_a_clip_failed_on_it(recorder, media, tmp_path, monkeypatch):
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint="fake")
+    with monkeypatch.context() as patched:
+        patched.setattr(render, "compute", lambda *_args, **_kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            task(job(media, 1))
+
+    assert task(job(media, 2)).status is ClipStatus.RENDERED
+
+
+def test_metrics_tell_every_attempt(recorder, media, tmp_path, monkeypatch):
+    task = partial(render_clip.fn, job(media, 1), output_uri=str(tmp_path / "out"), run_id="run", checkpoint="fake")
+    with monkeypatch.context() as patched:
+        patched.setenv("SCAIL_MIN_FREE_SCRATCH_BYTES", str(2**62))
+        with pytest.raises(ScratchFullError):
+            task()
+
+    metrics = task().metrics
+
+    assert metrics.attempts == 2
+    assert [attempt.outcome for attempt in metrics.attempt_log] == ["ScratchFullError", "published"]
+    assert metrics.attempt_log[-1].stage is AttemptStage.PUBLISHING
