@@ -1,0 +1,28 @@
+"""The README says what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_tree_in_the_readme_names_every_source_file():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = {f"{name}/" for name in ("kernels", "pose", "mini")}  # described as a whole
+
+    missing = [
+        str(path.relative_to(ROOT))
+        for top in ("flows", "tasks", "scail")
+        for path in (ROOT / top).rglob("*.py")
+        if path.name != "__init__.py" and f"{path.parent.name}/" not in folders and path.name not in tree
+    ]
+
+    assert not missing
+
+
+def test_every_file_that_the_documents_link_to_is_there():
+    for document in [ROOT / "README.md", ROOT / "manifests" / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
