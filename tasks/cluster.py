@@ -111,8 +111,10 @@ def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
     import dask.config
     from distributed import Nanny, Scheduler, SpecCluster
 
-    os.environ.update({name: value for name, value in DASK_SETTINGS.items() if name not in os.environ})
+    quiet = {"DASK_LOGGING__DISTRIBUTED": "error"}  # this is a command's terminal, not a service's log
+    os.environ.update({name: value for name, value in (DASK_SETTINGS | quiet).items() if name not in os.environ})
     dask.config.refresh()
+    logging.getLogger("distributed").setLevel(dask.config.get("logging.distributed").upper())
     environment = {"SCAIL_CHECKPOINT": os.path.abspath(checkpoint)}  # noqa: PTH100  `..` stays what the user meant
     options = {"nthreads": THREADS_PER_WORKER, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
     specs = {

@@ -7,7 +7,7 @@ training: those are the held-out characters.
 from __future__ import annotations
 
 import colorsys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,10 @@ HUES = (
     "red", "orange", "yellow", "lime", "green", "mint", "cyan", "sky blue", "blue", "purple", "magenta", "pink",
 )  # fmt: skip
 SKINS = ((0.96, 0.80, 0.69), (0.88, 0.68, 0.54), (0.72, 0.51, 0.38), (0.50, 0.34, 0.25), (0.34, 0.23, 0.18))
-HAIRS = ((0.08, 0.07, 0.07), (0.25, 0.15, 0.09), (0.48, 0.30, 0.14), (0.85, 0.70, 0.38), (0.62, 0.25, 0.12), (0.75, 0.75, 0.78))  # fmt: skip
+HAIRS = (
+    (0.08, 0.07, 0.07), (0.25, 0.15, 0.09), (0.48, 0.30, 0.14), (0.85, 0.70, 0.38), (0.62, 0.25, 0.12),
+    (0.75, 0.75, 0.78),
+)  # fmt: skip
 
 GARMENTS = (
     "skin", "hair", "eyes", "shirt", "emblem", "trousers", "shoes",
@@ -92,9 +95,6 @@ class Characters:
         return Characters(
             self.proportions.to(device), self.radii.to(device), self.colours.to(device), self.shirt, self.trousers
         )
-
-    def take(self, index: NDArray[np.int64]) -> Characters:
-        return Characters(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 def draw_characters(rng: np.random.Generator, num: int, *, held_out: bool) -> Characters:

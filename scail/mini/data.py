@@ -7,7 +7,7 @@ The pose picture of a scene is what `scail.pose.render` makes of its joints, but
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -86,10 +86,6 @@ class Scenes:
     def num_frames(self) -> int:
         return self.joints.shape[1]
 
-    def with_joints(self, other: Scenes) -> Scenes:
-        """These characters, doing what those of `other` do; the references stay."""
-        return replace(self, joints=other.joints, motions=other.motions)
-
 
 class Film(NamedTuple):
     """Pictures of scenes and which part is seen where."""
@@ -166,12 +162,10 @@ def render_film(scenes: Scenes, joints: Tensor | None = None) -> Film:
     canvas = joints.new_zeros(scenes.num_clips * num_frames * view.height * view.width, 4, dtype=torch.float32)
     canvas[hits.pixel] = F.pad(albedo * _daylight(hits), (0, 1), value=1.0)
     canvas = canvas.view(scenes.num_clips, num_frames, view.height, view.width, 4).permute(0, 1, 4, 2, 3)
-    canvas = F.avg_pool2d(canvas.flatten(0, 1), SUPERSAMPLING).unflatten(0, (scenes.num_clips, num_frames))
+    canvas = F.avg_pool2d(canvas.flatten(0, 1), SUPERSAMPLING).view(scenes.num_clips, num_frames, 4, height, width)
     behind = _paint(scenes.backgrounds, scenes.size)[:, None]  # (N, 1, 3, H, W)
     colour = canvas[:, :, :3] + (1 - canvas[:, :, 3:]) * behind
-    labels = [
-        _labels(hits, values, view.height * view.width, scenes, num_frames) for values in (garment, person)
-    ]
+    labels = [_labels(hits, values, view.height * view.width, scenes, num_frames) for values in (garment, person)]
     return Film((colour * 2 - 1).transpose(1, 2).contiguous(), *labels)
 
 
@@ -187,7 +181,9 @@ def render_pose_pictures(scenes: Scenes) -> Tensor:
     image = torch.arange(ends[:, :, 0, 0, 0].numel(), device=ends.device).repeat_interleave(len(bones))
     radius = torch.full_like(image, RADIUS, dtype=torch.float64)
     capsules = Capsules(image, ends[:, :, :, 0].flatten(0, 2), ends[:, :, :, 1].flatten(0, 2), radius)
-    hits = cast(_in_clips(capsules, scenes.clip, num_frames), scenes.num_clips * num_frames, default_view(height, width))
+    hits = cast(
+        _in_clips(capsules, scenes.clip, num_frames), scenes.num_clips * num_frames, default_view(height, width)
+    )
     levels = _pose_colours(scenes, hits, ends[..., 2]).mul(255).floor()
     canvas = levels.new_zeros(scenes.num_clips * num_frames * height * width, 3)
     canvas[hits.pixel] = levels
@@ -206,7 +202,10 @@ def _pose_colours(scenes: Scenes, hits: Hits, depths: Tensor) -> Tensor:
     palettes = np.concatenate((PALETTES["multi"], PALETTES["single"])) / 300.0 + 0.15  # row -1 is somebody alone
     albedo = torch.as_tensor(palettes, device=depths.device)[scenes.palette_row[person], hits.capsule % num_bones]
     near, far = _depth_range(scenes, depths)
-    near, far = near.clamp(min=NEAR_PLANE)[scenes.clip[person]], (far + FAR_MARGIN).clamp(max=MAX_FAR)[scenes.clip[person]]
+    near, far = (
+        near.clamp(min=NEAR_PLANE)[scenes.clip[person]],
+        (far + FAR_MARGIN).clamp(max=MAX_FAR)[scenes.clip[person]],
+    )
     to_light = -hits.point / hits.point.norm(dim=-1, keepdim=True)
     to_light[:, 2] -= 1.0
     highlight = (hits.normal * to_light).sum(-1).div(to_light.norm(dim=-1)).clamp(min=0) ** 32
@@ -265,7 +264,7 @@ def _draw_backgrounds(rng: np.random.Generator, num: int) -> tuple[NDArray[np.fl
     grey = rng.uniform(0.1, 0.9, (num, 1))
     top = (grey + rng.uniform(-0.22, 0.22, (num, 3))).clip(0.03, 0.97)
     bottom = (top + rng.uniform(-0.3, 0.3, (num, 1)) + rng.uniform(-0.1, 0.1, (num, 3))).clip(0.03, 0.97)
-    floor = (top + rng.choice([-1, 1], (num, 1)) * rng.uniform(0.08, 0.25, (num, 1)) + rng.uniform(-0.06, 0.06, (num, 3)))
+    floor = top + rng.choice([-1, 1], (num, 1)) * rng.uniform(0.08, 0.25, (num, 1)) + rng.uniform(-0.06, 0.06, (num, 3))
     bottom = np.where((kind == 0)[:, None], top, bottom)
     horizon = np.where(kind == 2, rng.uniform(0.55, 0.85, num), 2.0)
     waves = np.stack(
@@ -283,10 +282,9 @@ def _draw_backgrounds(rng: np.random.Generator, num: int) -> tuple[NDArray[np.fl
 def _draw_places(rng: np.random.Generator, row: NDArray[np.int64], size: Size) -> NDArray[np.float64]:
     """Where the pelvis is in the middle of the clip, (M, 3); two persons stand side by side."""
     portrait = size[0] > size[1]
-    alone_depth = (2100, 3000) if portrait else (2500, 4000)
-    pair_depth = (3300, 4300) if portrait else (3300, 4300)
+    depths = (2100, 3000) if portrait else (2700, 4000)
     paired = row >= 0
-    depth = np.where(paired, rng.uniform(*pair_depth, len(row)), rng.uniform(*alone_depth, len(row)))
+    depth = np.where(paired, rng.uniform(3300, 4300, len(row)), rng.uniform(*depths, len(row)))
     side = rng.uniform(-1, 1, len(row)) * (110 if portrait else 450)
     apart = np.where(row == 0, -1, 1) * rng.uniform(430, 560, len(row))
     return np.stack(
@@ -313,17 +311,17 @@ def _draw_joints(
     gain[:, :, 0] = 1.0
     sway_size = rng.uniform(0, 0.3, (num, 1, NUM_JOINTS, 3)) * (rng.random((num, 1, NUM_JOINTS, 1)) < 0.5)
     sway_size[:, :, [0, SPINE, 6, 9, NECK]] *= 0.25
-    sway_phase = rng.random((num, 1, NUM_JOINTS, 3)) + rng.uniform(0.2, 1.0, (num, 1, NUM_JOINTS, 3)) * time[:, None, None]
+    sway_phase = (
+        rng.random((num, 1, NUM_JOINTS, 3)) + rng.uniform(0.2, 1.0, (num, 1, NUM_JOINTS, 3)) * time[:, None, None]
+    )
     yaw = rng.uniform(-max_yaw, max_yaw, (num, 1)) + rng.uniform(-0.3, 0.3, (num, 1)) * time
     drift = rng.uniform((-110, 0, -260), (110, 0, 260), (num, 3))[:, None] * (time - time[-1] / 2)[:, None]
     angles, lift = _blend(torch.from_numpy(phase).to(device), torch.from_numpy(motions).to(device))
-    gain, sway, yaw, pelvis = (
-        torch.from_numpy(x).to(device)
-        for x in (gain, sway_size * np.sin(2 * np.pi * sway_phase), yaw, place[:, None] + drift)
-    )
-    angles = angles * gain + sway
-    angles[:, :, 0, 1] += yaw
+    sway = sway_size * np.sin(2 * np.pi * sway_phase)
+    pelvis = torch.from_numpy(place[:, None] + drift).to(device)
     pelvis[:, :, 1] -= lift
+    angles = angles * torch.from_numpy(gain).to(device) + torch.from_numpy(sway).to(device)
+    angles[:, :, 0, 1] += torch.from_numpy(yaw).to(device)
     return joints_from_angles(angles, pelvis, proportions.to(device))
 
 

@@ -11,7 +11,7 @@ over three frames is one over a picture with thrice the channels, which is what 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,7 @@ def _downsample(x: Tensor, layer: nn.Module) -> Tensor:
 def _upsample(x: Tensor, layer: nn.Module) -> Tensor:
     if layer.mode == "upsample3d" and x.shape[1] > 1:
         first, rest = x[:, :1], x[:, 1:]
-        split = _causal_conv(rest, cast(nn.Conv3d, layer.time_conv)) if rest.shape[1] > 1 else _first_tap(rest, layer)
+        split = _causal_conv(rest, cast(nn.Module, layer.time_conv))
         batch, num_frames, height, width, channels = rest.shape
         split = split.view(batch, num_frames, height, width, 2, channels).permute(0, 1, 4, 2, 3, 5)
         x = torch.cat((first, split.reshape(batch, 2 * num_frames, height, width, channels)), dim=1)
@@ -109,11 +109,7 @@ def _upsample(x: Tensor, layer: nn.Module) -> Tensor:
     return _frame_wise(x, cast(nn.Conv2d, cast(nn.Sequential, layer.resample)[1]))
 
 
-def _first_tap(x: Tensor, layer: nn.Module) -> Tensor:
-    return _causal_conv(x, cast(nn.Conv3d, layer.time_conv))
-
-
-def _residual_block(x: Tensor, block: nn.Module) -> Tensor:
+def _residual_block(x: Tensor, block: Any) -> Tensor:
     shortcut = x if isinstance(block.conv_shortcut, nn.Identity) else _causal_conv(x, block.conv_shortcut)
     x = _causal_conv(_norm_silu(x, block.norm1), block.conv1)
     return shortcut + _causal_conv(_norm_silu(x, block.norm2), block.conv2)
@@ -130,7 +126,7 @@ def _middle(x: Tensor, block: nn.Module) -> Tensor:
 def _norm_silu(x: Tensor, norm: nn.Module) -> Tensor:
     """Vectors of unit mean square, scaled by channel; statistics in float32."""
     scale = (x.float().square().mean(dim=-1, keepdim=True) + _EPS).rsqrt()
-    return F.silu(x * scale.to(x.dtype) * cast(Tensor, norm.gamma).flatten().to(x.dtype))
+    return F.silu((x * scale).to(x.dtype) * cast(Tensor, norm.gamma).flatten().to(x.dtype))
 
 
 def _stacked(conv: nn.Conv3d) -> Tensor:
@@ -143,7 +139,8 @@ def _spatial_conv(x: Tensor, conv: nn.Conv3d, weight: Tensor) -> Tensor:
     padding = weight.shape[-1] // 2
     frames = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory
     out = F.conv2d(frames, weight.contiguous(memory_format=torch.channels_last), conv.bias, padding=padding)
-    return out.permute(0, 2, 3, 1).unflatten(0, (batch, num_frames))
+    out = out.permute(0, 2, 3, 1)
+    return out.view(batch, num_frames, *out.shape[1:])
 
 
 def _frame_wise(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -151,4 +148,5 @@ def _frame_wise(x: Tensor, conv: nn.Conv2d) -> Tensor:
     frames = x.flatten(0, 1).permute(0, 3, 1, 2)
     weight = conv.weight.contiguous(memory_format=torch.channels_last)
     out = F.conv2d(frames, weight, conv.bias, stride=conv.stride, padding=conv.padding)
-    return out.permute(0, 2, 3, 1).unflatten(0, (batch, num_frames))
+    out = out.permute(0, 2, 3, 1)
+    return out.view(batch, num_frames, *out.shape[1:])

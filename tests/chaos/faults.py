@@ -37,7 +37,7 @@ def misbehave(prompt: str) -> None:
     if "poison" in prompt:
         os.kill(os.getpid(), signal.SIGKILL)
     if "hang-always" in prompt or ("hang-once" in prompt and once(prompt)):
-        ctypes.PyDLL(None).sleep(3600)  # native code that keeps the interpreter's lock
+        ctypes.CDLL(None).sleep(3600)  # native code without the interpreter's lock: Dask sees a busy, healthy worker
     if "cuda-once" in prompt and once(prompt):
         raise RuntimeError("CUDA error: device-side assert triggered")
     if "memory-once" in prompt and once(prompt):
@@ -47,39 +47,31 @@ def misbehave(prompt: str) -> None:
 
 
 def patch_pipeline() -> None:
+    import torch
+
+    from scail import OutOfMemoryError
     from scail.pipeline import ScailPipeline
 
-    render, load = ScailPipeline.generate, ScailPipeline.from_pretrained
-    call = ScailPipeline.__call__
+    call, load = ScailPipeline.__call__, ScailPipeline.from_pretrained
 
-    def generate(self, conditioning, negative_context, noise, params, on_step):
+    def misbehaving_call(self, reference, pose, prompt, *, on_step, **kwargs):
+        slow = re.search(r"slow (\d+\.?\d*)", prompt)
+
         def slow_step(done, total):
-            time.sleep(self_seconds[0])
+            time.sleep(float(slow[1]) if slow else 0.0)
             on_step(done, total)
 
-        return render(self, conditioning, negative_context, noise, params, slow_step)
-
-    self_seconds = [0.0]
-
-    def misbehaving_call(self, reference, pose, prompt, **kwargs):
-        import torch
-
-        from scail import OutOfMemoryError
-
-        slow = re.search(r"slow (\d+\.?\d*)", prompt)
-        self_seconds[0] = float(slow[1]) if slow else 0.0
         try:
             misbehave(prompt)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(str(error)) from error
-        return call(self, reference, pose, prompt, **kwargs)
+        return call(self, reference, pose, prompt, on_step=slow_step, **kwargs)
 
     def counted_load(*args, **kwargs):
         with LOADS.open("a") as file:
             file.write(f"{os.getpid()}\n")
         return load(*args, **kwargs)
 
-    ScailPipeline.generate = generate
     ScailPipeline.__call__ = misbehaving_call
     ScailPipeline.from_pretrained = counted_load
 

@@ -25,9 +25,9 @@ from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY
 from scail.probe import probe_video
 from scail.video import encode_video
+from tasks.attempts import read_attempts
 from tasks.jobs import Attempt, AttemptStage, ClipMetrics, DoneRecord
 from tasks.storage import DEFAULT_POLICY
-from tasks.attempts import read_attempts
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
@@ -142,7 +142,7 @@ class Cluster:
         }
 
     def start(self) -> None:
-        self.chaos_dir.mkdir(parents=True)
+        self.chaos_dir.mkdir(parents=True, exist_ok=True)
         write_random_checkpoint(self.checkpoint, SCAIL_TINY, seed=0)
         self.start_server()
         self.start_scheduler()
@@ -165,7 +165,7 @@ class Cluster:
         )
 
     def start_worker(self, number: int) -> None:
-        self._spawn(f"worker-{number}", "flows.cli", "worker", self.address)
+        self._spawn(f"worker-{number}", "tests.chaos.command", "worker", self.address)
 
     def kill(self, name: str) -> None:
         process = self.processes.pop(name)
@@ -199,10 +199,11 @@ class Cluster:
     def switch(self, name: str, *, on: bool) -> None:
         (self.chaos_dir / name).touch() if on else (self.chaos_dir / name).unlink(missing_ok=True)
 
-    def render(self, manifest: Path, output: Path, *, name: str = "run") -> Run:
+    def render(self, manifest: Path, output: Path, *, name: str = "run", workers: str | None = None) -> Run:
         log = manifest.parent / f"{name}.log"
         arguments = ["render", manifest, "--output", output, "--checkpoint", self.checkpoint]
-        command = [sys.executable, "-m", "tests.chaos.coordinator", *map(str, arguments), "--workers", self.address]
+        command = [sys.executable, "-m", "tests.chaos.command", *map(str, arguments)]
+        command += ["--workers", workers or self.address]
         with log.open("w") as file:
             process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=file, stderr=file)
         return Run(process, manifest, output, log)
@@ -239,9 +240,7 @@ def write_clips(folder: Path, prompts: Iterable[str], *, num_steps: int = 4) -> 
         writer = csv.writer(file)
         writer.writerow(["clip_id", "reference", "pose", "prompt", "width", "height", "num_inference_steps", "seed"])
         for number, prompt in enumerate(prompts):
-            writer.writerow(
-                [f"clip-{number}", "reference.png", "pose.mp4", prompt, WIDTH, HEIGHT, num_steps, number]
-            )
+            writer.writerow([f"clip-{number}", "reference.png", "pose.mp4", prompt, WIDTH, HEIGHT, num_steps, number])
     return path
 
 
