@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tasks.errors import ClusterLostError, RefusedError
@@ -115,13 +116,12 @@ def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
     os.environ.update({name: value for name, value in (DASK_SETTINGS | quiet).items() if name not in os.environ})
     dask.config.refresh()
     logging.getLogger("distributed").setLevel(dask.config.get("logging.distributed").upper())
-    environment = {"SCAIL_CHECKPOINT": os.path.abspath(checkpoint)}  # noqa: PTH100  `..` stays what the user meant
+    environment = {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
     options = {"nthreads": THREADS_PER_WORKER, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
     specs = {
         index: {
             "cls": Nanny,
-            "options": options
-            | {"env": environment | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}), "dashboard": False},
+            "options": options | {"env": environment | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {})},
         }
         for index in range(num_processes)
     }

@@ -1,13 +1,15 @@
 """Element-wise work that the compiler does not fuse well, as Triton kernels.
 
 Each has a plain version in `reference`, which runs everywhere and says what is meant; the functions here take the
-kernel where the tensors are on a GPU that has Triton, and the plain version elsewhere.
+kernel where the tensors are on a GPU that has Triton, and the plain version elsewhere and while gradients are wanted,
+which the kernels do not give.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from scail.kernels import reference
@@ -16,6 +18,10 @@ HAS_TRITON = find_spec("triton") is not None
 
 if HAS_TRITON:
     from scail.kernels import triton_kernels
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    return HAS_TRITON and x.is_cuda and not torch.is_grad_enabled()
 
 
 def qk_norm_rotary(
@@ -33,7 +39,7 @@ def qk_norm_rotary(
     Returns:
         Queries and keys, each (B, L, heads, head_size), contiguous.
     """
-    if HAS_TRITON and qkv.is_cuda:
+    if _takes_kernel(qkv):
         return triton_kernels.qk_norm_rotary(qkv, weight_q, weight_k, cos, sin, head_size, eps)
     return reference.qk_norm_rotary(qkv, weight_q, weight_k, cos, sin, head_size, eps)
 
@@ -47,14 +53,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         float8 (M, K), and float32 (M, 1): their product is `x` but for rounding.
     """
-    if HAS_TRITON and x.is_cuda:
+    if _takes_kernel(x):
         return triton_kernels.quantize_rows(x, False)
     return reference.quantize_rows(x)
 
 
 def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of GELU (tanh form) of `x`, in one pass."""
-    if HAS_TRITON and x.is_cuda:
+    if _takes_kernel(x):
         return triton_kernels.quantize_rows(x, True)
     return reference.gelu_quantize_rows(x)
 
@@ -70,6 +76,6 @@ def layer_norm_modulate_quantize_rows(x: Tensor, shift: Tensor, scale: Tensor, *
     Returns:
         float8 (B · L, D), and float32 (B · L, 1).
     """
-    if HAS_TRITON and x.is_cuda:
+    if _takes_kernel(x):
         return triton_kernels.layer_norm_modulate_quantize_rows(x, shift, scale, eps)
     return reference.layer_norm_modulate_quantize_rows(x, shift, scale, eps)
