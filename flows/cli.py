@@ -20,6 +20,7 @@ from tasks.errors import RefusedError
 from tasks.forecast import Forecast
 from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, read_rows
 from tasks.settings import Settings
+from tasks.storage import StorageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, soft_wrap=True)
@@ -85,6 +86,9 @@ def render(
     result = state.result(raise_on_failure=False)
     if isinstance(result, RefusedError):
         _refuse(result)
+    if isinstance(result, StorageError):
+        err.print(f"stopped: {result}\nclips that are published stay; render the manifest again to go on", markup=False)
+        raise typer.Exit(ExitCode.SOME_FAILED)
     if not isinstance(result, Summary):
         raise result if isinstance(result, BaseException) else RuntimeError(state.message)
     out.print(state.message, markup=False)

@@ -197,3 +197,14 @@ def test_a_pose_file_that_is_none_is_refused(tmp_path):
 
     assert result.exit_code == 2
     assert "cannot be read as a pose file" in result.stderr
+
+
+def test_an_output_that_cannot_be_written_is_said(write_manifest, tmp_path, checkpoint):
+    (tmp_path / "file").write_bytes(b"")  # where a folder would have to be
+
+    result = scail(
+        "render", write_manifest({"clip_id": "a"}), "--output", tmp_path / "file", "--checkpoint", checkpoint
+    )
+
+    assert result.exit_code == 1
+    assert "stopped: " in result.stderr

@@ -277,6 +277,7 @@ def test_writing_and_reading_leave_no_process_thread_or_descriptor(tmp_path):
     encode_video(tmp_path / "clip.mp4", moving_gradient(), fps=16, metadata={})
     read_video(tmp_path / "clip.mp4")
     num_descriptors, num_threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    children = child_processes()
 
     for _ in range(3):
         encode_video(tmp_path / "clip.mp4", moving_gradient(), fps=16, metadata={})
@@ -285,7 +286,11 @@ def test_writing_and_reading_leave_no_process_thread_or_descriptor(tmp_path):
     time.sleep(0.1)  # a cancelled timer's thread ends by itself
     assert len(list(Path("/proc/self/fd").iterdir())) <= num_descriptors
     assert threading.active_count() <= num_threads
-    assert not Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert child_processes() <= children  # a server that other tests share may be among them
+
+
+def child_processes() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
 def test_decord_and_ffmpeg_read_the_same_pixels(clip):

@@ -105,11 +105,11 @@ def test_every_hostile_file_has_its_expected_outcome(cases, outcomes):
 
 
 def test_hostile_files_leave_memory_descriptors_processes_and_scratch_as_they_were(outcomes):
-    _, (memory, num_descriptors, _), (memory_after, num_descriptors_after, children), left = outcomes
+    _, (memory, num_descriptors, children), (memory_after, num_descriptors_after, children_after), left = outcomes
 
     assert memory_after - memory < 30 * MIB
     assert num_descriptors_after <= num_descriptors
-    assert children == []
+    assert set(children_after) <= set(children)  # a server that other tests share may be among them
     assert left == []
 
 

@@ -295,7 +295,7 @@ def test_a_file_that_is_no_manifest_is_refused_with_what_it_looks_like(data, say
 
 
 def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr("tasks.manifest.MAX_BYTES", 10)
+    monkeypatch.setattr("tasks.tables.MAX_BYTES", 10)
 
     with pytest.raises(ManifestError, match="at most 10"):
         parse("reference,pose\nr,p\n")
