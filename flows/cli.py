@@ -154,12 +154,22 @@ def worker(
 def convert(
     source: Annotated[Path, typer.Argument(help="Official SCAIL-Preview folder, `wan` layout, Wan2GP or ComfyUI.")],
     dest: Annotated[Path, typer.Argument(help="Checkpoint folder to write; it must not exist or be empty.")],
+    transformer_heads: Annotated[
+        int | None, typer.Option(hidden=True, help="Of a model that is not SCAIL-14B.")
+    ] = None,
+    image_heads: Annotated[int | None, typer.Option(hidden=True, help="Of a tower that is not ViT-H.")] = None,
 ) -> None:
     """Turn original weight files into a checkpoint folder, once."""
     from flows.prepare_checkpoint import prepare_checkpoint
 
     try:
-        model = prepare_checkpoint(source, dest, say=lambda line: err.print(line, markup=False))
+        model = prepare_checkpoint(
+            source,
+            dest,
+            transformer_heads=transformer_heads,
+            image_heads=image_heads,
+            say=lambda line: err.print(line, markup=False),
+        )
     except RefusedError as error:
         _refuse(error)
     out.print(f"{model.name}, fingerprint {model.fingerprint} → {dest}", markup=False)

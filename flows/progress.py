@@ -1,4 +1,4 @@
-"""Progress on a terminal: one bar per clip, one tick per denoising step."""
+"""Progress on a terminal: a bar for each clip under way, one tick per denoising step; a line for each that ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from tasks.jobs import ClipStatus
 from tasks.progress import progress_sink
+
+STATUSES = frozenset(ClipStatus)
 
 
 @contextmanager
@@ -30,8 +33,9 @@ def progress_bars(console: Console) -> Iterator[None]:
         bars.update(by_clip[clip_id], stage=stage)
         if total:
             bars.update(by_clip[clip_id], completed=done, total=total)
-        if stage == "done":
-            bars.stop_task(by_clip[clip_id])
+        if stage in STATUSES:
+            bars.remove_task(by_clip.pop(clip_id))
+            console.print(f"{stage:<9} {clip_id}", markup=False)
 
     token = progress_sink.set(show)
     try:

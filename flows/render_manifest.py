@@ -19,6 +19,7 @@ from tasks.checkpoint import inspect_checkpoint
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
 from tasks.notify import open_notifications
 from tasks.plan import Plan, forecast_plan, plan_clips, read_rows, result_of
+from tasks.progress import progress_sink
 from tasks.render import render_clip, software_versions
 from tasks.report import write_report
 from tasks.results import RunInfo, Summary, closing_line, mark_success, write_results
@@ -111,6 +112,7 @@ def render_all(plan: Plan, *, output_uri: str, checkpoint: str, settings: Settin
     with cancelling_on_exit(output_uri, flow_run.id, policy=settings.storage_policy()):
         for job, outcome in run_window(plan.jobs, cast(Any, submit), cluster.slots()):
             result = outcome if isinstance(outcome, ClipResult) else failed_result(job, outcome)
+            progress_sink.get()(job.clip_id, result.status, 0, 0)
             yield result
             yield from (twin_result(result, job, twin) for twin in plan.twins.get(job.key, ()))
 

@@ -125,7 +125,10 @@ def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
         }
         for index in range(num_processes)
     }
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
+    }
     try:
         cluster = SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.ERROR)
     except RuntimeError as error:

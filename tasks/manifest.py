@@ -1,8 +1,8 @@
 """Manifests: read, validate, explain.
 
 A manifest is CSV with a header, or JSONL with the same names; one record is one clip. All that is wrong with it is
-found here, before anything slow runs, and all of it at once. Rows are counted as an editor counts lines: the header
-is line 1, and a record's row is the line on which it starts, however many lines its quoted cells span.
+found here, before anything slow runs, and all of it at once. tasks/tables.py makes records of the bytes; what their
+columns mean is decided here.
 
 ManifestError   the file as a whole cannot be used
 RowProblem      one record, or one column's name, is wrong; the other records are still read
@@ -10,14 +10,12 @@ RowProblem      one record, or one column's name, is wrong; the other records ar
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,11 +24,41 @@ from pydantic import ValidationError
 from scail.errors import InvalidInputError
 from tasks import storage
 from tasks.jobs import ClipRequest
+from tasks.tables import (
+    CONTROL_CHARACTER,
+    MAX_BYTES,
+    MAX_CELL_CHARS,
+    MAX_COLUMNS,
+    MAX_ROWS,
+    Finding,
+    ManifestError,
+    Record,
+    RowProblem,
+    listed,
+    normalised,
+    parsed,
+    read_table,
+    shortened,
+)
 
-MAX_BYTES = 64 * 2**20
-MAX_ROWS = 100_000
-MAX_COLUMNS = 1_000
-MAX_CELL_CHARS = 10_000
+__all__ = [
+    "MAX_BYTES",
+    "MAX_CELL_CHARS",
+    "MAX_COLUMNS",
+    "MAX_ROWS",
+    "REMOTE_SCHEMES",
+    "RESERVED_COLUMNS",
+    "UNSUPPORTED_COLUMNS",
+    "URI_COLUMNS",
+    "Manifest",
+    "ManifestError",
+    "RowProblem",
+    "known_columns",
+    "parse_manifest",
+    "read_manifest",
+    "resolve_reference",
+    "shortened",
+]
 
 _FREE_TEXT = ("prompt", "negative_prompt")  # the spaces around it are the author's
 URI_COLUMNS = ("reference", "pose", "driving")  # relative ones resolve against the manifest's folder
@@ -56,17 +84,6 @@ _OTHER_NAMES = {
     "numsteps": "num_inference_steps",
     "numframes": "max_frames",
 }
-_SIGNATURES = {
-    b"PK\x03\x04": "an XLSX workbook or a ZIP archive: export it as CSV (UTF-8)",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook: export it as CSV (UTF-8)",
-    b"\x1f\x8b": "a gzip archive: unpack it first",
-    b"%PDF": "a PDF document",
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"PAR1": "a Parquet file: export it as CSV",
-    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
-}
 _LIMITS = {
     "minimum": "at least",
     "exclusiveMinimum": "above",
@@ -74,41 +91,7 @@ _LIMITS = {
     "exclusiveMaximum": "below",
     "multipleOf": "a multiple of",
 }
-_WHOLE_NUMBER = re.compile(r"[+-]?\d{1,20}(?:\.0*)?", re.ASCII)  # spreadsheets and pandas write 50 as 50.0
-_NUMBER = re.compile(r"[+-]?(?:\d{1,30}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?", re.ASCII)
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-
-
-class ManifestError(Exception):
-    """The manifest as a whole cannot be used; the message says what it looks like and what was expected."""
-
-
-@dataclass(frozen=True)
-class RowProblem:
-    """One thing that is wrong with one record, or with one column's name.
-
-    Attributes:
-        row: Line of the file on which the record starts; the header is line 1.
-        column: The cell's column; None when it concerns the record as a whole.
-        came: The cell as it came; None when there is no one cell.
-        message: What was expected, as the end of a sentence.
-        columns: The record's cells as they came; empty when they could not be told apart.
-        clip_id: The clip's id, given or derived; None when the cells could not be told apart.
-    """
-
-    row: int
-    column: str | None
-    came: str | None
-    message: str
-    columns: dict[str, str] = field(default_factory=dict)
-    clip_id: str | None = None
-
-    def __str__(self) -> str:
-        place = f"line {self.row}" + (f", column {self.column}" if self.column else "")
-        return f"{place}: " + (f"came {shortened(self.came)!r}, " if self.came is not None else "") + self.message
 
 
 @dataclass(frozen=True)
@@ -124,25 +107,6 @@ class Manifest:
     requests: tuple[ClipRequest, ...]
     problems: tuple[RowProblem, ...]
     header_problems: tuple[RowProblem, ...] = ()
-
-
-class _Finding(NamedTuple):
-    """A RowProblem before it is known to which record it belongs."""
-
-    column: str | None
-    came: str | None
-    message: str
-
-
-class _Record(NamedTuple):
-    row: int
-    cells: dict[str, str]
-    findings: tuple[_Finding, ...] = ()
-
-
-class _Table(NamedTuple):
-    columns: dict[str, int]  # name → the line on which it is first named
-    records: list[_Record]
 
 
 class _Field(NamedTuple):
@@ -177,8 +141,7 @@ def parse_manifest(data: bytes, uri: str) -> Manifest:
         ManifestError: If the file as a whole cannot be used. Everything else is among the result's problems.
     """
     try:
-        text = _decode(data)
-        table = _read_jsonl(text) if text.lstrip().startswith("{") else _read_csv(text)
+        table = read_table(data, known_columns(), _check_distinct)
         _check_required(table.columns)
     except ManifestError as error:
         raise ManifestError(f"{storage.redact(uri)}: {error}") from error
@@ -202,7 +165,7 @@ def resolve_reference(manifest_uri: str, cell: str) -> str:
     Raises:
         InvalidInputError: If the cell names something that it may not; the message is the end of a sentence.
     """
-    if _CONTROL.search(cell) or "\n" in cell or "\r" in cell or "\\" in cell or "::" in cell:
+    if CONTROL_CHARACTER.search(cell) or "\n" in cell or "\r" in cell or "\\" in cell or "::" in cell:
         raise InvalidInputError("expected a path or URI without '\\', '::', line breaks and control characters")
     scheme = _scheme(cell)
     if scheme and not cell[len(scheme) :].startswith("://"):
@@ -221,11 +184,6 @@ def resolve_reference(manifest_uri: str, cell: str) -> str:
             f"expected {_ALLOWED} or a path relative to the manifest"
         )
     return _resolved_in_bucket(manifest_uri, cell)
-
-
-def shortened(text: str, length: int = 60) -> str:
-    """`text` cut to a length that fits a message."""
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _scheme(uri: str) -> str | None:
@@ -257,184 +215,10 @@ def _resolved_in_bucket(manifest_uri: str, cell: str) -> str:
     return resolved
 
 
-def _decode(data: bytes) -> str:
-    if len(data) > MAX_BYTES:
-        raise ManifestError(f"has {len(data):,} bytes, expected at most {MAX_BYTES:,}")
-    for signature, looks_like in _SIGNATURES.items():
-        if data.startswith(signature):
-            raise ManifestError(f"is not a CSV or JSONL file, it looks like {looks_like}")
-    start = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ManifestError("looks like a web page or XML, expected CSV or JSONL: is the link one to the file itself?")
-    if data.count(0) * 10 > len(data):
-        raise ManifestError("looks like a binary file or UTF-16 text, expected CSV or JSONL in UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ManifestError(
-            f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
-        ) from error
-    if not text.strip():
-        raise ManifestError("is empty, expected a header with at least the columns `reference` and `pose`")
-    if text.lstrip().startswith("["):
-        raise ManifestError("looks like a JSON array, expected JSONL: one object on each line, no brackets around them")
-    return text
-
-
-def _lines(text: str) -> Iterator[str]:
-    return io.StringIO(text, newline="")
-
-
-def _read_csv(text: str) -> _Table:
-    try:
-        reader = csv.reader(_lines(text), delimiter=_delimiter(text), strict=True)
-        names = next((cells for cells in reader if _is_filled(cells)), [])
-    except csv.Error as error:
-        raise ManifestError(f"the header is not CSV: {error}") from error
-    _check_names(names)
-    header_row = reader.line_num
-    records: list[_Record] = []
-    while True:
-        row = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            message = _csv_message(error, row, reader.line_num)
-            records.append(_Record(row, {}, (_Finding(None, None, message),)))
-            continue
-        if _is_filled(cells):
-            records.append(_csv_record(row, cells, names))
-        _check_count(records)
-    if not records:
-        raise ManifestError("has a header and no rows")
-    return _Table(dict.fromkeys(names, header_row), records)
-
-
-def _delimiter(text: str) -> str:
-    """The header decides: the first of comma, semicolon and tab that parts it into names of which we know one."""
-    header = next(line for line in _lines(text) if line.strip())
-    known = {_normalised(name) for name in known_columns()}
-    for delimiter in ",;\t":
-        names = next(csv.reader([header], delimiter=delimiter))
-        if len(names) > 1 and any(_normalised(name) in known for name in names):
-            return delimiter
-    return ","
-
-
-def _csv_record(row: int, cells: Sequence[str], names: Sequence[str]) -> _Record:
-    by_name = dict(zip(names, (*cells, *[""] * len(names)), strict=False))
-    if len(cells) == len(names):
-        return _Record(row, by_name)
-    message = f"has {len(cells)} cells, expected {len(names)} as in the header"
-    if len(cells) > len(names):
-        message += f"; the last is {shortened(cells[-1])!r}: quote a cell that holds the separator"
-        if any(cell.lstrip().startswith('"') for cell in cells):
-            message += ", with no space before the quote"
-    return _Record(row, by_name, (_Finding(None, None, message),))
-
-
-def _csv_message(error: csv.Error, row: int, last_row: int) -> str:
-    if "field limit" in str(error):
-        return f"has a cell of more than {MAX_CELL_CHARS:,} characters, or a quote that is never closed"
-    lines = f" (lines {row} to {last_row})" if last_row > row else ""
-    return f"its quotes are not balanced{lines}: a quote inside a quoted cell is written twice"
-
-
-def _is_filled(cells: Iterable[str]) -> bool:
-    return any(cell.strip() for cell in cells)
-
-
-def _read_jsonl(text: str) -> _Table:
-    columns: dict[str, int] = {}
-    records: list[_Record] = []
-    for row, line in enumerate(_lines(text), start=1):
-        if not line.strip():
-            continue
-        if not records and line.strip() == "{":
-            raise ManifestError("looks like JSON over several lines, expected JSONL: one whole object on each line")
-        record = _json_record(row, line)
-        records.append(record)
-        for name in record.cells:
-            columns.setdefault(name, row)
-        _check_count(records)
-        if len(columns) > MAX_COLUMNS:
-            raise ManifestError(f"line {row}: has more than {MAX_COLUMNS:,} columns")
-    if not columns:
-        first = records[0]
-        raise ManifestError(f"line {first.row}: {first.findings[0].message}" if first.findings else "names no columns")
-    _check_names(list(columns))
-    records = [record for record in records if record.findings or _is_filled(record.cells.values())]
-    if not records:
-        raise ManifestError("has no row with anything in it")
-    empty = dict.fromkeys(columns, "")
-    return _Table(columns, [record._replace(cells=record.cells and empty | record.cells) for record in records])
-
-
-class _JsonObject(list[tuple[str, Any]]):
-    """A JSON object as its pairs, so that a name given twice is seen."""
-
-
-def _json_record(row: int, line: str) -> _Record:
-    try:
-        # Numbers stay as they are spelt: the results echo them, and a huge one must not become inf.
-        pairs = json.loads(line, object_pairs_hook=_JsonObject, parse_int=str, parse_float=str, parse_constant=str)
-    except json.JSONDecodeError as error:
-        return _Record(row, {}, (_Finding(None, None, f"is not JSON: {error.msg} at character {error.pos + 1}"),))
-    except RecursionError:
-        return _Record(row, {}, (_Finding(None, None, "is not JSON that can be read: it is nested too deeply"),))
-    if not isinstance(pairs, _JsonObject):
-        return _Record(row, {}, (_Finding(None, None, "expected a JSON object with the columns' names"),))
-    cells: dict[str, str] = {}
-    findings: list[_Finding] = []
-    for raw_name, value in pairs:
-        name = _encodable(raw_name)
-        if name in cells:
-            findings.append(_Finding(name, None, "is given twice"))
-        if isinstance(value, list):
-            findings.append(_Finding(name, None, "expected text, a number, true, false or null, not a list or object"))
-        cells[name] = _json_cell(value)
-        if isinstance(value, str) and cells[name] != value:
-            findings.append(_Finding(name, cells[name], "expected text that can be written as UTF-8"))
-    return _Record(row, cells, tuple(findings))
-
-
-def _json_cell(value: Any) -> str:
-    if value is None or isinstance(value, list):
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _encodable(str(value))
-
-
-def _encodable(text: str) -> str:
-    """`text` with its lone surrogates, which JSON can spell and UTF-8 cannot, spelt out."""
-    return text.encode("utf-8", "backslashreplace").decode() if _SURROGATE.search(text) else text
-
-
-def _check_count(records: Sequence[_Record]) -> None:
-    if len(records) > MAX_ROWS:
-        raise ManifestError(f"has more than {MAX_ROWS:,} rows: split it")
-
-
-def _check_names(names: Sequence[str]) -> None:
-    if not names:
-        raise ManifestError("names no columns")
-    if len(names) > MAX_COLUMNS:
-        raise ManifestError(f"has {len(names):,} columns, expected at most {MAX_COLUMNS:,}")
-    unnamed = [str(place) for place, name in enumerate(names, start=1) if not name.strip()]
-    if unnamed:
-        raise ManifestError(f"a column has no name (column {', '.join(unnamed)} of the header): name or delete it")
-    if any(_CONTROL.search(name) or "\n" in name or "\r" in name for name in names):
-        raise ManifestError("a column's name holds a line break or a control character")
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ManifestError(f"a column is named twice: {_listed(doubled)}")
-    known = {_normalised(name): name for name in known_columns()}
+def _check_distinct(names: Sequence[str]) -> None:
+    known = {normalised(name): name for name in known_columns()}
     for name in names:
-        right = known.get(_normalised(name), name)
+        right = known.get(normalised(name), name)
         if name != right and right in names:
             raise ManifestError(f"a column is named twice: `{right}` and `{shortened(name)}` mean the same")
 
@@ -445,7 +229,7 @@ def _check_required(columns: Iterable[str]) -> None:
     if "driving" in names and absent == ["pose"]:
         return
     if absent:
-        message = f"has no column {_listed(absent)}; its columns are {_listed(names[:20])}"
+        message = f"has no column {listed(absent)}; its columns are {listed(names[:20])}"
         for name in absent:
             close = [other for other in names if other not in known_columns() and _is_near(other, name, cutoff=0.6)]
             message += f". Is `{shortened(close[0])}` meant to be `{name}`?" if close else ""
@@ -466,28 +250,20 @@ def _near_misses(columns: dict[str, int]) -> tuple[RowProblem, ...]:
 
 
 def _meant(name: str, candidates: Sequence[str]) -> str | None:
-    same = [other for other in candidates if _normalised(other) == _normalised(name)]
+    same = [other for other in candidates if normalised(other) == normalised(name)]
     # A reserved name is only recognised as such: `model` and `demo` are good names for a column of one's own.
     near = [other for other in candidates if other not in RESERVED_COLUMNS and _is_near(name, other)]
-    other_tools = _OTHER_NAMES.get(_normalised(name))
+    other_tools = _OTHER_NAMES.get(normalised(name))
     return next(iter([*same, *([other_tools] if other_tools in candidates else []), *near]), None)
 
 
 def _is_near(name: str, known: str, cutoff: float = 0.8) -> bool:
-    ours, theirs = _normalised(known), _normalised(name)
+    ours, theirs = normalised(known), normalised(name)
     is_anagram = sorted(ours) == sorted(theirs)  # two letters swapped in a short name: `sede`
     return is_anagram or difflib.SequenceMatcher(None, theirs, ours).ratio() >= cutoff
 
 
-def _normalised(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name).lower()
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{shortened(name)}`" for name in names)
-
-
-def _check_records(records: Sequence[_Record], uri: str) -> tuple[list[ClipRequest], list[RowProblem]]:
+def _check_records(records: Sequence[Record], uri: str) -> tuple[list[ClipRequest], list[RowProblem]]:
     requests: list[ClipRequest] = []
     problems: list[RowProblem] = []
     rows_by_id: dict[str, tuple[int, str]] = {}
@@ -501,14 +277,14 @@ def _check_records(records: Sequence[_Record], uri: str) -> tuple[list[ClipReque
             first_row, first_id = rows_by_id.setdefault(clip_id.casefold(), (record.row, clip_id))
             if first_row != record.row:
                 message = f"expected an id of its own: line {first_row} has {shortened(first_id)!r}"
-                findings.append(_Finding("clip_id", clip_id, message))
+                findings.append(Finding("clip_id", clip_id, message))
         problems += [RowProblem(record.row, *finding, record.cells, clip_id) for finding in findings]
         if request is not None and not findings:
             requests.append(request)
     return requests, problems
 
 
-def _clip_ids(records: Sequence[_Record], uri: str) -> list[str | None]:
+def _clip_ids(records: Sequence[Record], uri: str) -> list[str | None]:
     """The id of each record: as given, or made of its content, so that moving a row does not rename its clip."""
     taken = {given.casefold() for record in records if (given := record.cells.get("clip_id", "").strip())}
     ids: list[str | None] = []
@@ -525,7 +301,7 @@ def _clip_ids(records: Sequence[_Record], uri: str) -> list[str | None]:
     return ids
 
 
-def _content_digest(record: _Record, uri: str) -> str:
+def _content_digest(record: Record, uri: str) -> str:
     content = {}
     for name in known_columns():
         cell = record.cells.get(name, "").strip()
@@ -541,7 +317,7 @@ def _content_digest(record: _Record, uri: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _checked(record: _Record, clip_id: str, uri: str) -> tuple[ClipRequest | None, list[_Finding]]:
+def _checked(record: Record, clip_id: str, uri: str) -> tuple[ClipRequest | None, list[Finding]]:
     """The record as a request, or everything that is wrong with it."""
     values: dict[str, Any] = {"row": record.row, "clip_id": clip_id, "columns": record.cells}
     findings = [*_unreadable_cells(record.cells), *_unsupported_cells(record.cells)]
@@ -550,17 +326,17 @@ def _checked(record: _Record, clip_id: str, uri: str) -> tuple[ClipRequest | Non
         try:
             values[name] = resolve_reference(uri, cell) if cell else None
         except InvalidInputError as error:
-            findings.append(_Finding(name, cell, str(error)))
+            findings.append(Finding(name, cell, str(error)))
         if not cell and not (name == "pose" and record.cells.get("driving", "").strip()):
-            findings.append(_Finding(name, None, "is empty, expected a path or URI"))
+            findings.append(Finding(name, None, "is empty, expected a path or URI"))
     for name, fields in _fields().items():
         cell = record.cells.get(name, "")
         if name in values or name in URI_COLUMNS or not cell.strip():
             continue
-        value = _parsed(cell if name in _FREE_TEXT else cell.strip(), fields.kind)
+        value = parsed(cell if name in _FREE_TEXT else cell.strip(), fields.kind)
         if value is None:
             hint = "; write a point for the decimals" if "," in cell else ""
-            findings.append(_Finding(name, cell, f"expected {fields.expected}{hint}"))
+            findings.append(Finding(name, cell, f"expected {fields.expected}{hint}"))
         values[name] = value
     faulty = {name for name, value in values.items() if value is None} | {"reference", "pose"} - values.keys()
     request, invalid = _validated(_without(values, faulty), record.cells)
@@ -568,36 +344,25 @@ def _checked(record: _Record, clip_id: str, uri: str) -> tuple[ClipRequest | Non
     return (None if findings else request), findings
 
 
-def _unreadable_cells(cells: dict[str, str]) -> Iterator[_Finding]:
+def _unreadable_cells(cells: dict[str, str]) -> Iterator[Finding]:
     for name, cell in cells.items():
         if len(cell) > MAX_CELL_CHARS:
-            yield _Finding(name, cell, f"has {len(cell):,} characters, expected at most {MAX_CELL_CHARS:,}")
-        if name not in URI_COLUMNS and (match := _CONTROL.search(cell)):
-            yield _Finding(name, cell, f"holds the control character U+{ord(match[0]):04X}")
+            yield Finding(name, cell, f"has {len(cell):,} characters, expected at most {MAX_CELL_CHARS:,}")
+        if name not in URI_COLUMNS and (match := CONTROL_CHARACTER.search(cell)):
+            yield Finding(name, cell, f"holds the control character U+{ord(match[0]):04X}")
 
 
-def _unsupported_cells(cells: dict[str, str]) -> Iterator[_Finding]:
+def _unsupported_cells(cells: dict[str, str]) -> Iterator[Finding]:
     for name in (*RESERVED_COLUMNS, *UNSUPPORTED_COLUMNS):
         if cell := cells.get(name, "").strip():
             why = "is reserved for SCAIL-2" if name in RESERVED_COLUMNS else "is not supported in this version"
-            yield _Finding(name, cell, f"the column {why}: leave the cell empty")
+            yield Finding(name, cell, f"the column {why}: leave the cell empty")
     if (driving := cells.get("driving", "").strip()) and not cells.get("pose", "").strip():
         message = "a driving video without a pose is not supported in this version: extract the pose, name it in `pose`"
-        yield _Finding("driving", driving, message)
+        yield Finding("driving", driving, message)
 
 
-def _parsed(text: str, kind: str) -> Any:
-    """The cell's value, or None where it cannot be read as one of its kind."""
-    if kind == "string":
-        return text
-    if kind == "boolean":
-        return _BOOLEANS.get(text.lower())
-    if kind == "integer":
-        return int(text.partition(".")[0]) if _WHOLE_NUMBER.fullmatch(text) else None
-    return float(text) if _NUMBER.fullmatch(text) else None
-
-
-def _validated(values: dict[str, Any], cells: dict[str, str]) -> tuple[ClipRequest | None, list[_Finding]]:
+def _validated(values: dict[str, Any], cells: dict[str, str]) -> tuple[ClipRequest | None, list[Finding]]:
     try:
         return ClipRequest(**values), []
     except ValidationError as error:
@@ -610,7 +375,7 @@ def _validated(values: dict[str, Any], cells: dict[str, str]) -> tuple[ClipReque
                 str(own_words) if own_words else f"expected {_fields()[column].expected}" if column else detail["msg"]
             )
             came = (cells.get(column) or str(detail["input"])) if column else None
-            findings.append(_Finding(column, came, message))
+            findings.append(Finding(column, came, message))
             faulty |= {column} if column else set()
     # A rule about several cells is only asked once each of them is right by itself.
     rest = _validated(_without(values, faulty), cells)[1] if faulty else []

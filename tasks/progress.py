@@ -11,7 +11,10 @@ logger = logging.getLogger(__name__)
 
 class ProgressSink(Protocol):
     def __call__(self, clip_id: str, stage: str, done: int, total: int) -> None:
-        """`done` of `total` units of `stage` are behind this clip; a stage without units has a total of 0."""
+        """`done` of `total` units of `stage` are behind this clip; a stage without units has a total of 0.
+
+        The last stage of a clip is its status.
+        """
 
 
 def log_progress(clip_id: str, stage: str, done: int, total: int) -> None:

@@ -82,6 +82,7 @@ def render_clip(job: ClipJob, *, output_uri: str, run_id: str, checkpoint: str |
         ):
             if not (folder / METRICS).exists():
                 render_to_folder(job, folder, attempt, checkpoint=checkpoint or settings.checkpoint, settings=settings)
+            reporter(job)("publish", 0, 0)
             attempt.enter(AttemptStage.PUBLISHING)
             attempt.confirm()
             with time_limit(settings.stage_limit_seconds):
@@ -91,7 +92,6 @@ def render_clip(job: ClipJob, *, output_uri: str, run_id: str, checkpoint: str |
     except Exception as error:
         recover_from(error)
         raise
-    reporter(job)("done", 0, 0)
     return result_of(job.request, ClipStatus.RENDERED).of_done(record, metrics, output_uri)
 
 

@@ -17,6 +17,7 @@ from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY
 from scail.probe import probe_video
 from tests.flows.conftest import HEIGHT, WIDTH
+from tests.scail import layouts
 
 
 def scail(*arguments: object) -> Result:
@@ -208,3 +209,26 @@ def test_an_output_that_cannot_be_written_is_said(write_manifest, tmp_path, chec
 
     assert result.exit_code == 1
     assert "stopped: " in result.stderr
+
+
+def test_a_converted_folder_renders(write_manifest, tmp_path):
+    layouts.write_official(tmp_path / "source")
+    heads = ("--transformer-heads", layouts.HEADS.transformer, "--image-heads", layouts.HEADS.image_encoder)
+
+    converted = scail("convert", tmp_path / "source", tmp_path / "checkpoint", *heads)
+    manifest = write_manifest({"clip_id": "a"})
+    rendered = scail("render", manifest, "--output", tmp_path / "out", "--checkpoint", tmp_path / "checkpoint")
+
+    assert converted.exit_code == 0, converted.stderr
+    assert "transformer ← " in converted.stderr
+    assert rendered.exit_code == 0, rendered.stdout
+
+
+def test_a_source_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "source").mkdir()
+
+    result = scail("convert", tmp_path / "source", tmp_path / "checkpoint")
+
+    assert result.exit_code == 2
+    assert "transformer" in result.stderr
+    assert not (tmp_path / "checkpoint").exists()
