@@ -14,7 +14,7 @@ def measure(model: str, *, num_frames: int, height: int, width: int, num_steps: 
         RefusedError: If there is no such model.
     """
     from scail.bench import bench_clip, table, to_json
-    from scail.config import SCAIL_14B, SCAIL_TINY
+    from scail.config import SCAIL_14B, SCAIL_TINY, RuntimeConfig
 
     models = {"14b": SCAIL_14B, "tiny": SCAIL_TINY}
     if model not in models:
@@ -29,5 +29,6 @@ def measure(model: str, *, num_frames: int, height: int, width: int, num_steps: 
         height=height,
         width=width,
         num_steps=num_steps,
+        runtime=RuntimeConfig(compiled=settings.compiled),
     )
     return table(result), to_json(result)
