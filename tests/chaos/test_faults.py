@@ -29,6 +29,7 @@ from tests.chaos.harness import (
 )
 
 SLOW = "slow 0.4"  # per step; a clip is on the GPU for about two seconds
+SLOWER = "slow 2.4"  # about ten
 
 
 def assert_all_rendered(cluster: Cluster, run: Run, num_clips: int) -> None:
@@ -101,17 +102,20 @@ def test_a_killed_scheduler_that_comes_back_loses_nothing(cluster, tmp_path):
     assert num_computed(run.output) <= 6 + NUM_WORKERS
 
 
-def test_rendering_goes_on_while_the_prefect_server_is_away(cluster, tmp_path):
-    run = cluster.render(write_clips(tmp_path, [SLOW] * 6), tmp_path / "out")
+def test_rendering_goes_on_while_the_prefect_server_is_away_for_a_minute(cluster, tmp_path):
+    run = cluster.render(write_clips(tmp_path, [SLOWER] * 14), tmp_path / "out")
     wait_for_computing(run)
     cluster.kill("server")
-    away = num_computed(run.output)
+    back_at, away = time.monotonic() + 60, num_computed(run.output)
     wait_until(lambda: num_computed(run.output) >= away + 2, "clips are rendered without a server")
+    time.sleep(max(0.0, back_at - time.monotonic()))
+    is_under_way = run.process.poll() is None
     cluster.start_server()
     wait_until(cluster.server_answers, "the server answers again")
 
-    assert_all_rendered(cluster, run, 6)
-    assert num_computed(run.output) == 6
+    assert is_under_way, "the run was over before the server was back"
+    assert_all_rendered(cluster, run, 14)
+    assert num_computed(run.output) == 14
 
 
 def test_a_manifest_whose_run_was_killed_is_finished_by_the_next_run(cluster, tmp_path):
