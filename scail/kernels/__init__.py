@@ -63,19 +63,3 @@ def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if _takes_kernel(x):
         return triton_kernels.quantize_rows(x, True)
     return reference.gelu_quantize_rows(x)
-
-
-def layer_norm_modulate_quantize_rows(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of a LayerNorm without parameters, scaled by 1 + `scale` and shifted by `shift`, in one pass.
-
-    Args:
-        x: (B, L, D).
-        shift, scale: (B, 1, D) or (1, 1, D).
-        eps: Of the norm.
-
-    Returns:
-        float8 (B · L, D), and float32 (B · L, 1).
-    """
-    if _takes_kernel(x):
-        return triton_kernels.layer_norm_modulate_quantize_rows(x, shift, scale, eps)
-    return reference.layer_norm_modulate_quantize_rows(x, shift, scale, eps)

@@ -47,7 +47,3 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(F.gelu(x, approximate="tanh"))
-
-
-def layer_norm_modulate_quantize_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return quantize_rows(layer_norm_modulate(x, shift, scale, eps).flatten(0, 1))

@@ -96,35 +96,3 @@ def quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
         x, target, scales, SIZE=size, BLOCK=block, GELU=gelu, num_warps=8 if block <= 8192 else 16
     )
     return target, scales
-
-
-@triton.jit
-def _layer_norm_modulate_quantize_kernel(
-    source, shift, scale, target, scales, length, batch_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < SIZE
-    loaded = tl.load(source + row * SIZE + at, mask=inside, other=0.0)
-    x = loaded.to(tl.float32)
-    centred = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred) / SIZE + eps)
-    modulation = (row // length) * batch_stride + at
-    factor = 1 + tl.load(scale + modulation, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
-    x = (normed * factor + offset).to(loaded.dtype).to(tl.float32)
-    _store_quantized(x, target, scales, row, at, SIZE)
-
-
-@triton_op("scail::layer_norm_modulate_quantize_rows", mutates_args={})
-def layer_norm_modulate_quantize_rows(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    batch_size, length, size = x.shape
-    shift, scale = (rows.reshape(-1, size).contiguous() for rows in (shift, scale))
-    target = x.new_empty((batch_size * length, size), dtype=FLOAT8)
-    scales = x.new_empty((batch_size * length, 1), dtype=torch.float32)
-    batch_stride = size if shift.shape[0] > 1 else 0
-    wrap_triton(_layer_norm_modulate_quantize_kernel)[(batch_size * length,)](
-        x, shift, scale, target, scales, length, batch_stride, eps,
-        SIZE=size, BLOCK=triton.next_power_of_2(size), num_warps=8,
-    )  # fmt: skip
-    return target, scales

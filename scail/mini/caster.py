@@ -7,13 +7,13 @@ of a GPU's precision reaches it. Capsules are millimetres in camera axes; rays r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scail.pose.camera import default_intrinsics
+from scail.pose.ragged import pieces, ranges
 from scail.pose.render import View
 
 # A candidate's key is its depth as float64 with the capsule's index in the low bits: of equal depths, the earlier
@@ -86,9 +86,9 @@ def _nearest(capsules: Capsules, num_images: int, view: View) -> Tensor:
     across_start = start - along_start[:, None] * axis
     rows = torch.stack((*start.T, *axis.T, *across_start.T, along_start, length, capsules.radius**2))  # (12, N)
     budget = _CANDIDATES["cpu" if start.device.type == "cpu" else "cuda"]
-    for part in _pieces(rectangles.num_rows * rectangles.num_columns, budget):
+    for part in pieces(rectangles.num_rows * rectangles.num_columns, budget):
         row, column, num_rows, num_columns = (values[part] for values in rectangles)
-        owner, position = _ranges(num_rows * num_columns)
+        owner, position = ranges(num_rows * num_columns)
         row = row[owner] + position // num_columns[owner]
         column = column[owner] + position % num_columns[owner]
         u, v = _ray(row, column, view, start.dtype)
@@ -166,20 +166,3 @@ def _axes(capsules: Capsules, index: Tensor | slice = slice(None)) -> tuple[Tens
     vector = capsules.end[index] - capsules.start[index]
     length = (vector * vector).sum(-1).sqrt()
     return vector / length.clamp(min=1e-6)[:, None], length
-
-
-def _ranges(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Owner and position of every element of ranges of the given lengths, laid end to end."""
-    owner = torch.repeat_interleave(lengths)
-    first = lengths.cumsum(0) - lengths
-    return owner, torch.arange(len(owner), device=lengths.device) - first[owner]
-
-
-def _pieces(lengths: Tensor, budget: int) -> Iterator[slice]:
-    """Slices of consecutive capsules that have about `budget` candidates each."""
-    total = lengths.cumsum(0)
-    limits = torch.arange(0, int(total[-1]) + budget, budget, device=lengths.device)
-    borders = torch.searchsorted(total, limits).tolist()
-    for start, stop in zip(borders, [*borders[1:], len(total)], strict=True):
-        if start < stop:
-            yield slice(start, stop)

@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor
 
 from scail.config import TransformerConfig
-from scail.kernels.reference import rotate_pairs
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,6 @@ def pose_rotary(config: TransformerConfig, num_frames: int, height: int, width: 
     columns = torch.arange(width) + config.pose_rope_offset
     angles = _grid_angles(config, torch.arange(1, num_frames + 1), torch.arange(height), columns)
     return _flat(_pool(angles.cos()), _pool(angles.sin()))
-
-
-def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate the pairs of `x` (B, L, heads, head_size); computed in float32, returned in the dtype of `x`."""
-    return rotate_pairs(x, table.cos, table.sin)
 
 
 def _grid_angles(config: TransformerConfig, frames: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

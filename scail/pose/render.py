@@ -28,6 +28,7 @@ from torch import Tensor
 from scail.errors import InvalidInputError
 from scail.pose.camera import scale_intrinsics
 from scail.pose.overlay import draw_overlay, lay_over
+from scail.pose.ragged import pieces, ranges
 from scail.pose.skeleton import BONE_JOINTS, PALETTES, PoseSequence
 
 Palette = Literal["single", "multi"]
@@ -245,7 +246,7 @@ def _screen_spans(capsules: Capsules, view: View) -> Spans:
 
     top = (torch.minimum(y0, y1) - reach).clamp(0, view.height).floor().long()
     bottom = (torch.maximum(y0, y1) + reach).clamp(-1, view.height - 1).ceil().long()
-    capsule, row = _ranges((bottom - top + 1).clamp(min=0) * (z.amax(dim=0) > -RADIUS))
+    capsule, row = ranges((bottom - top + 1).clamp(min=0) * (z.amax(dim=0) > -RADIUS))
     row = row + top[capsule]
 
     x0, y0, reach = x0[capsule], y0[capsule], reach[capsule]
@@ -285,8 +286,8 @@ def _nearest(capsules: Capsules, spans: Spans, view: View, num_frames: int, ray_
         ]
     )
     first_pixel = (capsules.frame[spans.capsule] * view.height + spans.row) * view.width
-    for part in _pieces(spans.length, _CPU_CANDIDATES if device.type == "cpu" else _GPU_CANDIDATES):
-        span, column = _ranges(spans.length[part])
+    for part in pieces(spans.length, _CPU_CANDIDATES if device.type == "cpu" else _GPU_CANDIDATES):
+        span, column = ranges(spans.length[part])
         column = column + spans.column[part][span]
         u = (column.double() - view.centre_x) / view.focal_x
         depth, lost = _ray_depth(u, coefficients[:, part].index_select(1, span), ray_limit)
@@ -402,21 +403,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _unit(vectors: Tensor) -> Tensor:
     return vectors / _dot(vectors, vectors).sqrt()
-
-
-def _ranges(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Owner and position of every element of ranges of the given lengths, laid end to end."""
-    owner = torch.repeat_interleave(lengths)
-    first = lengths.cumsum(0) - lengths
-    return owner, torch.arange(len(owner), device=lengths.device) - first[owner]
-
-
-def _pieces(lengths: Tensor, budget: int) -> Iterator[slice]:
-    """Slices of consecutive spans that hold about `budget` pixels each."""
-    total = lengths.cumsum(0)
-    num_pixels = int(total[-1]) if len(total) else 0
-    limits = torch.arange(0, num_pixels + budget, budget, device=lengths.device)
-    borders = torch.searchsorted(total, limits).tolist()
-    for start, stop in zip(borders, [*borders[1:], len(total)], strict=True):
-        if start < stop:
-            yield slice(start, stop)

@@ -29,6 +29,7 @@ from scail.conversion import (
     convert_vae_state,
 )
 from scail.geometry import target_size
+from scail.kernels.reference import rotate_pairs
 from scail.models import rope
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder, clean_prompt
@@ -102,7 +103,7 @@ def check_rope(fixture: Fixture) -> Iterator[Measured]:
             yield max_abs(case, f"{part} cos", table.cos, tensors[f"{part}.cos"], 1e-6)
             yield max_abs(case, f"{part} sin", table.sin, tensors[f"{part}.sin"], 1e-6)
             if f"{part}.x" in tensors:
-                rotated = rope.apply_rotary(tensors[f"{part}.x"][None, :, None], table)[0, :, 0]
+                rotated = rotate_pairs(tensors[f"{part}.x"][None, :, None], table.cos, table.sin)[0, :, 0]
                 yield max_abs(case, f"{part} rotated", rotated, tensors[f"{part}.rotated"], 1e-6)
         whole = rope.rotary_table(config, num_frames, height, width)
         joined = torch.cat([tensors[f"{part}.cos"] for part in tables])

@@ -50,14 +50,11 @@ def test_one_large_number_costs_its_own_row_only():
 
 
 def test_the_joined_steps_are_the_single_ones():
-    x, shift, scale = random(2, 5, 32), random(2, 1, 32), random(2, 1, 33)[..., :32]
+    x = random(5, 32)
 
-    gelu, _ = kernels.gelu_quantize_rows(x[0])
-    normed, _ = kernels.layer_norm_modulate_quantize_rows(x, shift, scale, eps=1e-6)
+    gelu, _ = kernels.gelu_quantize_rows(x)
 
-    expected = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift
-    assert torch.equal(gelu.float(), kernels.quantize_rows(F.gelu(x[0], approximate="tanh"))[0].float())
-    assert torch.equal(normed.float(), kernels.quantize_rows(expected.flatten(0, 1))[0].float())
+    assert torch.equal(gelu.float(), kernels.quantize_rows(F.gelu(x, approximate="tanh"))[0].float())
 
 
 @pytest.mark.gpu
@@ -82,17 +79,12 @@ def test_the_query_and_key_kernel_equals_its_plain_version(length, num_heads, he
 @pytest.mark.parametrize("size", [48, 5120, 13824])
 def test_the_quantising_kernels_equal_their_plain_versions(size):
     x = random(257, size, device="cuda", dtype=torch.bfloat16)
-    shift, scale = (random(1, 1, size + i, device="cuda", dtype=torch.bfloat16)[..., :size] for i in (0, 1))
 
     pairs = {
         "rows": (kernels.quantize_rows(x), reference.quantize_rows(x)),
         "gelu": (kernels.gelu_quantize_rows(x), reference.gelu_quantize_rows(x)),
-        "norm": (
-            kernels.layer_norm_modulate_quantize_rows(x[None], shift, scale, eps=1e-6),
-            reference.layer_norm_modulate_quantize_rows(x[None], shift, scale, 1e-6),
-        ),
     }
 
     for name, ((values, scales), (plain_values, plain_scales)) in pairs.items():
         ours, theirs = values.float() * scales, plain_values.float() * plain_scales
-        assert (ours - theirs).norm() / theirs.norm() < (0.02 if name == "norm" else 2e-3), name
+        assert (ours - theirs).norm() / theirs.norm() < 2e-3, name

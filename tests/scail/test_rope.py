@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from scail.config import SCAIL_14B, TransformerConfig
+from scail.kernels.reference import rotate_pairs
 from scail.models.rope import (
     RotaryTable,
-    apply_rotary,
     pose_rotary,
     reference_rotary,
     rotary_table,
@@ -30,7 +30,7 @@ def length(table: RotaryTable) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """One vector (head_size,) at every position of a table: (L, head_size)."""
-    return apply_rotary(x.expand(1, len(table.cos), 1, -1), table)[0, :, 0]
+    return rotate_pairs(x.expand(1, len(table.cos), 1, -1), table.cos, table.sin)[0, :, 0]
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_bfloat16_is_rotated_in_float32():
     table = video_rotary(CONFIG, FRAMES, HEIGHT, WIDTH)
     x = torch.randn(2, 72, 3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    rotated = apply_rotary(x, table)
+    rotated = rotate_pairs(x, table.cos, table.sin)
 
     assert rotated.dtype == torch.bfloat16
-    assert torch.equal(rotated, apply_rotary(x.float(), table).bfloat16())
+    assert torch.equal(rotated, rotate_pairs(x.float(), table.cos, table.sin).bfloat16())
