@@ -28,7 +28,7 @@ from scail.models.vae import VideoVae
 from scail.pipeline import ScailPipeline, prepare_transformer
 from scail.pose.render import render_pose
 from scail.pose.skeleton import PoseSequence
-from scail.types import LatentShape
+from scail.types import LatentShape, num_tokens
 
 
 def bench_clip(
@@ -132,12 +132,6 @@ class FixedTokens:
         return token_ids, (torch.arange(self.max_length) < len(ids)).long()[None]
 
 
-def num_tokens(config: TransformerConfig, shape: LatentShape) -> int:
-    """Reference, video and pose tokens of a clip."""
-    grid = (shape.height // config.patch_size) * (shape.width // config.patch_size)
-    return grid + shape.num_frames * grid + shape.num_frames * grid // 4
-
-
 def forward_flop(config: TransformerConfig, shape: LatentShape) -> float:
     """Multiplications and additions of one forward; keys and values of the cross-attentions are not part of it."""
     length = num_tokens(config, shape)
@@ -185,6 +179,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['matmul_flop_per_second'] / 1e12:.1f} TFLOP/s that a matrix product reaches here",
         f"{'peak memory':<16} {result['peak_memory_gib']:8.1f} GiB",
     ]
+    if pose := result.get("pose"):
+        lines.append(f"{'pose renderer':<16} {pose['milliseconds_per_frame']:8.2f} ms a frame")
     return "\n".join(lines)
 
 

@@ -53,10 +53,6 @@ class EncodingCache:
             self._num_bytes -= self._entries.popitem(last=False)[1].nbytes
         return encoding
 
-    def clear(self) -> None:
-        self._entries.clear()
-        self._num_bytes = 0
-
 
 def _digest(content: str | Tensor) -> bytes:
     if isinstance(content, str):

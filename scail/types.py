@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scail.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from scail.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, TransformerConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,12 @@ class LatentShape:
     @property
     def num_output_frames(self) -> int:
         return 1 + TEMPORAL_STRIDE * (self.num_frames - 1)
+
+
+def num_tokens(config: TransformerConfig, shape: LatentShape) -> int:
+    """Reference, video and pose tokens of a clip."""
+    grid = (shape.height // config.patch_size) * (shape.width // config.patch_size)
+    return grid + shape.num_frames * grid + shape.num_frames * grid // 4
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from scail.config import DEFAULT_SIZE, MAX_FRAMES, SPATIAL_STRIDE, TEMPORAL_STRIDE, SamplingParams
+from scail.config import DEFAULT_SIZE, MAX_FRAMES, SCAIL_14B, SamplingParams
+from scail.types import LatentShape, num_tokens
 from tasks import storage
 from tasks.figures import cost_of, duration, gpu_seconds, percentile, time_name
 from tasks.jobs import ClipMetrics, ClipRequest
@@ -30,7 +31,6 @@ MAX_TIMINGS_PER_RUN = 500
 MAX_TIMINGS = 2000  # that a forecast learns from; the newest
 MIN_TIMINGS_FOR_A_RANGE = 5
 
-_PATCH = 2 * SPATIAL_STRIDE  # pixels of a token, in height and width
 _ATTENTION_SHARE = 0.63  # of one forward's arithmetic at 48,832 tokens: 1.99 of 3.15 PFLOP
 _FULL_TOKENS = 48_832  # 81 frames at 512 × 896
 _FULL_MEGAPIXELS = MAX_FRAMES * DEFAULT_SIZE[0] * DEFAULT_SIZE[1] / 1e6
@@ -205,17 +205,10 @@ def fit(timings: Sequence[Timing]) -> tuple[Law, tuple[float, float] | None]:
 
 
 def work_of(num_frames: int, size: tuple[int, int], num_forwards: int) -> Work:
-    """The work of a clip of `size` (height, width).
-
-    The network sees the reference and the clip at full size and the pose at half size, each in latent frames of
-    patches of 2 × 2.
-    """
+    """The work of a clip of `size` (height, width)."""
     height, width = size
-    num_latent_frames = 1 + (num_frames - 1) // TEMPORAL_STRIDE
-    per_frame = (height // _PATCH) * (width // _PATCH)
-    per_pose_frame = (height // (2 * _PATCH)) * (width // (2 * _PATCH))
-    num_tokens = per_frame * (1 + num_latent_frames) + per_pose_frame * num_latent_frames
-    return Work(num_forwards, num_tokens, num_frames * height * width / 1e6)
+    shape = LatentShape.of_clip(num_frames, height, width)
+    return Work(num_forwards, num_tokens(SCAIL_14B.transformer, shape), num_frames * height * width / 1e6)
 
 
 def timings_of(clips: Iterable[ClipMetrics]) -> list[Timing]:

@@ -13,7 +13,7 @@ def measure(model: str, *, num_frames: int, height: int, width: int, num_steps: 
     Raises:
         RefusedError: If there is no such model.
     """
-    from scail.bench import bench_clip, table, to_json
+    from scail.bench import bench_clip, bench_pose, table, to_json
     from scail.config import SCAIL_14B, SCAIL_TINY, RuntimeConfig
 
     models = {"14b": SCAIL_14B, "tiny": SCAIL_TINY}
@@ -31,4 +31,5 @@ def measure(model: str, *, num_frames: int, height: int, width: int, num_steps: 
         num_steps=num_steps,
         runtime=RuntimeConfig(compiled=settings.compiled),
     )
+    result["pose"] = bench_pose(device=device, num_frames=num_frames, height=height, width=width)
     return table(result), to_json(result)

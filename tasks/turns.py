@@ -29,10 +29,6 @@ class Turn:
         """Wait for the GPU and take it."""
         self._pass_on_to(_computing)
 
-    def release(self) -> None:
-        """Leave the GPU to the next clip."""
-        self._pass_on_to(None)
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._pass_on_to(None)
 
