@@ -38,6 +38,10 @@ WorkersOption = Annotated[
         help="`local`, a number of processes, or a Dask scheduler's tcp://host:port. [default: SCAIL_WORKERS]"
     ),
 ]
+PriorityOption = Annotated[int, typer.Option(help="On a cluster, runs with a higher number come first.")]
+MaxGpusOption = Annotated[
+    int | None, typer.Option(min=1, help="Of a cluster's GPUs, hold so many at most. [default: all]")
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's and our own log.")]
 
 
@@ -56,6 +60,8 @@ def render(
     limit: LimitOption = None,
     skip_invalid: SkipInvalidOption = False,
     workers: WorkersOption = None,
+    priority: PriorityOption = 0,
+    max_gpus: MaxGpusOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and render nothing.")] = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -80,7 +86,9 @@ def render(
     on_workers = render_manifest.with_options(task_runner=cluster.task_runner(where, model.path))
     try:
         with progress_bars(err), cluster.shared_prefect_api(where):
-            state = on_workers(manifest, output, model.path, profile, limit, skip_invalid, return_state=True)
+            state = on_workers(
+                manifest, output, model.path, profile, limit, skip_invalid, priority, max_gpus, return_state=True
+            )
     except RefusedError as error:
         _refuse(error)
     result = state.result(raise_on_failure=False)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
+from pydantic import PositiveInt
 
 from tasks import cluster, storage
 from tasks.attempts import cancelling_on_exit
@@ -42,6 +43,8 @@ def render_manifest(
     profile: str | None = None,
     limit: int | None = None,
     skip_invalid: bool = False,
+    priority: int = 0,
+    max_gpus: PositiveInt | None = None,
 ) -> State[Summary]:
     """Render every clip of a manifest that is not rendered yet.
 
@@ -52,6 +55,8 @@ def render_manifest(
         profile: Sampling profile of rows that name none; the setting SCAIL_PROFILE if absent.
         limit: Take only the first rows.
         skip_invalid: Render the good rows of a manifest that has malformed ones.
+        priority: On a cluster, clips of a run with a higher number are started first.
+        max_gpus: Of a cluster's GPUs, hold no more than so many at a time; all if absent.
 
     Returns:
         A failed state when a row failed, otherwise a completed one; both hold the run's summary.
@@ -77,7 +82,9 @@ def render_manifest(
     results = [*rows.invalid, *plan.settled]
     with open_notifications(settings, run_id=run_id, manifest_uri=manifest, output_uri=output) as notifications:
         notifications.started(plan, rows.invalid)
-        for result in render_all(plan, output_uri=output, checkpoint=model.path, settings=settings):
+        for result in render_all(
+            plan, output_uri=output, checkpoint=model.path, priority=priority, max_gpus=max_gpus, settings=settings
+        ):
             results.append(result)
             notifications.clip(result)
         run = RunInfo(
@@ -99,18 +106,21 @@ def render_manifest(
     return (Completed if ok else Failed)(message=closing_line(summary, report_uri(run)), data=summary)
 
 
-def render_all(plan: Plan, *, output_uri: str, checkpoint: str, settings: Settings) -> Iterator[ClipResult]:
+def render_all(
+    plan: Plan, *, output_uri: str, checkpoint: str, priority: int, max_gpus: int | None, settings: Settings
+) -> Iterator[ClipResult]:
     """The result of every row of the plan that has to be rendered, as they come."""
     if not plan.jobs:
         return
-    submit = partial(
+    submit: Callable[[ClipJob], Any] = partial(
         render_clip.submit,
         output_uri=output_uri,
         run_id=flow_run.id,
         checkpoint=checkpoint if cluster.renders_here() else None,
     )
+    submit = cluster.at_priority(submit, priority)
     with cancelling_on_exit(output_uri, flow_run.id, policy=settings.storage_policy()):
-        for job, outcome in run_window(plan.jobs, cast(Any, submit), cluster.slots()):
+        for job, outcome in run_window(plan.jobs, submit, cluster.slots(max_gpus)):
             result = outcome if isinstance(outcome, ClipResult) else failed_result(job, outcome)
             progress_sink.get()(job.clip_id, result.status, 0, 0)
             yield result

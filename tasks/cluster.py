@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tasks.errors import ClusterLostError, RefusedError
 from tasks.settings import Settings
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from prefect.task_runners import TaskRunner
 
 logger = logging.getLogger(__name__)
+
+Task = TypeVar("Task")
+Submitted = TypeVar("Submitted")
 
 THREADS_PER_WORKER = 2  # one clip on the GPU; the other is prepared, or encoded and published
 CLIENT_TIMEOUT_SECONDS = 60
@@ -149,15 +152,33 @@ def visible_gpus() -> list[str]:
     return [line.strip() for line in listed.splitlines() if line.strip()]
 
 
-def slots() -> Callable[[], int]:
+def slots(max_gpus: int | None = None) -> Callable[[], int]:
     """A function that says how many clips the running flow's workers take together at the moment.
+
+    Args:
+        max_gpus: Of a cluster's GPUs, those that this flow may hold at a time. So many clips are then under way, each
+            on any GPU, which costs the overlap of a clip's rendering with its neighbours' files.
 
     Raises:
         RefusedError: If there is no scheduler at the address, or no worker comes.
     """
     if renders_here():
         return lambda: THREADS_PER_WORKER
-    return _Slots(_connected_client(_runner())).count
+    count = _Slots(_connected_client(_runner())).count
+    return count if max_gpus is None else lambda: min(max_gpus, count())
+
+
+def at_priority(submit: Callable[[Task], Submitted], priority: int) -> Callable[[Task], Submitted]:
+    """`submit`, whose tasks a cluster starts before waiting ones of lower priority, other runs' included."""
+    if renders_here():
+        return submit
+    import dask
+
+    def submit_ahead(task: Task) -> Submitted:
+        with dask.annotate(priority=priority):
+            return submit(task)
+
+    return submit_ahead
 
 
 def renders_here() -> bool:

@@ -199,9 +199,11 @@ class Cluster:
     def switch(self, name: str, *, on: bool) -> None:
         (self.chaos_dir / name).touch() if on else (self.chaos_dir / name).unlink(missing_ok=True)
 
-    def render(self, manifest: Path, output: Path, *, name: str = "run", workers: str | None = None) -> Run:
+    def render(
+        self, manifest: Path, output: Path, *options: object, name: str = "run", workers: str | None = None
+    ) -> Run:
         log = manifest.parent / f"{name}.log"
-        arguments = ["render", manifest, "--output", output, "--checkpoint", self.checkpoint]
+        arguments = ["render", manifest, "--output", output, "--checkpoint", self.checkpoint, *options]
         command = [sys.executable, "-m", "tests.chaos.command", *map(str, arguments)]
         command += ["--workers", workers or self.address]
         with log.open("w") as file:
