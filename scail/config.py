@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+Quantization = Literal["none", "fp8", "int8"]
+
 # Part of every clip's content key. Raise it when a change to the code changes pixels at equal inputs.
 NUMERICS_VERSION = 1
 
@@ -162,21 +164,41 @@ class RuntimeConfig:
 
     Attributes:
         attention: A backend of `scail.models.attention`; absent: the fastest exact one that passes its check.
-        quantization: `float8` computes the blocks' matrix products in float8 (Hopper, Ada).
+        quantization: `fp8` computes the blocks' matrix products in float8 (Hopper, Ada), `int8` in whole numbers
+            (Ampere too). A checkpoint that is quantised already stays as it is.
         compiled: Fuse what lies between the matrix products; the first clip of a process waits for the compiler.
     """
 
     attention: str | None = None
-    quantization: Literal["none", "float8"] = "none"
+    quantization: Quantization = "none"
     compiled: bool = False
 
 
 EXACT = RuntimeConfig()
 
-QUALITY = SamplingParams()  # the official recipe
+OFFICIAL = SamplingParams()  # the official recipe
 
-# `fast` is right only for a checkpoint into which a step-distilled LoRA was fused.
-PROFILES: dict[str, SamplingParams] = {
-    "quality": QUALITY,
-    "fast": replace(QUALITY, num_inference_steps=4, guidance_scale=1.0),
+
+@dataclass(frozen=True)
+class Profile:
+    """A named way to render: how a clip is sampled, and what its arithmetic may cost in exactness.
+
+    Attributes:
+        sampling: A row of the manifest may replace single values.
+        quantization: Of the transformer's matrix products; where the device cannot do it, they stay exact.
+        step_distilled: Right only for weights into which a step-distilled LoRA was fused.
+    """
+
+    sampling: SamplingParams = OFFICIAL
+    quantization: Quantization = "none"
+    step_distilled: bool = False
+
+
+PROFILES: dict[str, Profile] = {
+    "exact": Profile(),
+    "quality": Profile(quantization="fp8"),
+    "fast": Profile(
+        sampling=replace(OFFICIAL, num_inference_steps=4, guidance_scale=1.0), quantization="fp8", step_distilled=True
+    ),
 }
+DEFAULT_PROFILE = "exact"  # float8 becomes a default when a trained model has priced it, not before

@@ -19,7 +19,7 @@ from scail.checkpoint import (
     load_transformer,
     load_vae,
 )
-from scail.config import EXACT, MAX_FRAMES, QUALITY, RuntimeConfig, SamplingParams
+from scail.config import EXACT, MAX_FRAMES, OFFICIAL, RuntimeConfig, SamplingParams
 from scail.encodings import EncodingCache
 from scail.errors import InvalidInputError, OutOfMemoryError
 from scail.geometry import check_size, target_size
@@ -88,7 +88,7 @@ class ScailPipeline:
         prompt: str,
         *,
         negative_prompt: str = "",
-        params: SamplingParams = QUALITY,
+        params: SamplingParams = OFFICIAL,
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
         encodings: EncodingCache | None = None,
@@ -196,7 +196,7 @@ def prepare_transformer(
     transformer: ScailTransformer, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig
 ) -> str:
     """Quantise, give the fastest attention, compile: as `runtime` says. Returns the attention's name."""
-    if runtime.quantization == "float8":
+    if runtime.quantization == "fp8":
         quantize_blocks(transformer)
     attention = runtime.attention or choose_attention(device, dtype)
     transformer.use_attention(attention)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from scail.config import NUMERICS_VERSION, PROFILES, SIZE_MULTIPLE, SamplingParams
+from scail.config import DEFAULT_PROFILE, NUMERICS_VERSION, PROFILES, SIZE_MULTIPLE, SamplingParams
 
 CLIP_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -83,7 +83,7 @@ class ClipRequest(BaseModel):
             for name in ("num_inference_steps", "guidance_scale", "shift")
             if (value := getattr(self, name)) is not None
         }
-        return replace(PROFILES[self.profile or default_profile], **given, seed=seed)
+        return replace(PROFILES[self.profile or default_profile].sampling, **given, seed=seed)
 
 
 class ClipJob(BaseModel):
@@ -95,6 +95,7 @@ class ClipJob(BaseModel):
     key: str  # hex; equal keys mean equal pixels
     params: SamplingParams  # with the seed filled in
     checkpoint_fingerprint: str
+    profile: str = DEFAULT_PROFILE
 
     @property
     def clip_id(self) -> str:
@@ -130,7 +131,10 @@ def content_key(
         "numerics": NUMERICS_VERSION,
     }
     seed = request.seed if request.seed is not None else int(_digest(content)[:8], 16)
-    return _digest(content | {"seed": seed}), replace(params, seed=seed)
+    content["seed"] = seed  # the same under every arithmetic, so that their pictures can be compared
+    if (quantization := PROFILES[request.profile or default_profile].quantization) != "none":
+        content["quantization"] = quantization
+    return _digest(content), replace(params, seed=seed)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from scail.config import SCAIL_14B
+from scail.config import PROFILES, SCAIL_14B
 from scail.errors import CheckpointError
 from scail.fingerprint import read_model_config
 from tasks import storage
@@ -93,8 +93,9 @@ def plan_clips(
     A file that many rows name is hashed once, and a key that many rows have is looked up once.
 
     Raises:
-        RefusedError: If the done records cannot be listed.
+        RefusedError: If the profile is not known, or the done records cannot be listed.
     """
+    check_profile(default_profile)
     with ThreadPoolExecutor(threads) as pool:
         hashes = _hash_inputs(requests, policy, pool)
         keyed = [_key_row(request, hashes, checkpoint_fingerprint, default_profile) for request in requests]
@@ -148,21 +149,29 @@ def _key_row(
         checkpoint_fingerprint=checkpoint_fingerprint,
         default_profile=default_profile,
     )
-    return ClipJob(request=request, key=key, params=params, checkpoint_fingerprint=checkpoint_fingerprint)
+    return ClipJob(
+        request=request,
+        key=key,
+        params=params,
+        checkpoint_fingerprint=checkpoint_fingerprint,
+        profile=request.profile or default_profile,
+    )
 
 
 def _in_order(jobs: list[ClipJob], hashes: Hashes) -> tuple[ClipJob, ...]:
     """Higher priority first; then rows that share a pose, a reference or a prompt one after the other.
 
-    A worker keeps the encodings of its last few inputs, and the pose's cost the most. What is first in the manifest
-    stays first, so that rows which share nothing keep their order.
+    A worker keeps one model, so that rows of another arithmetic come together; and the encodings of its last few
+    inputs, of which the pose's cost the most. What is first in the manifest stays first, so that rows which share
+    nothing keep their order.
     """
-    places: tuple[dict[object, int], ...] = ({}, {}, {})
+    places: tuple[dict[object, int], ...] = ({}, {}, {}, {})
 
     def place(job: ClipJob) -> tuple[int, ...]:
         request = job.request
         inputs = (hashes[request.pose], hashes[request.reference], (request.prompt, request.negative_prompt))
-        ranks = (seen.setdefault(value, len(seen)) for seen, value in zip(places, inputs, strict=True))
+        shared = (PROFILES[job.profile].quantization, *inputs)
+        ranks = (seen.setdefault(value, len(seen)) for seen, value in zip(places, shared, strict=True))
         return (-request.priority, *ranks)
 
     return tuple(sorted(jobs, key=place))
@@ -241,6 +250,7 @@ def forecast_rows(rows: Rows, *, checkpoint: str, default_profile: str, settings
 
     A checkpoint that is not on this machine is taken for the 14B one.
     """
+    check_profile(default_profile)
     try:
         model_name = read_model_config(Path(checkpoint)).name
     except CheckpointError:
@@ -253,6 +263,16 @@ def forecast_rows(rows: Rows, *, checkpoint: str, default_profile: str, settings
         device=_forecast_device(settings),
         price_per_gpu_hour=settings.price_per_gpu_hour,
     )
+
+
+def check_profile(name: str) -> None:
+    """Refuse a profile that is not known; rows are checked one by one, this is the one of all others.
+
+    Raises:
+        RefusedError: If there is no such profile.
+    """
+    if name not in PROFILES:
+        raise RefusedError(f"profile is {name!r}; expected one of {', '.join(PROFILES)}")
 
 
 def _forecast_device(settings: Settings) -> str | None:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from scail.config import DEFAULT_PROFILE
 from tasks.storage import StoragePolicy
 
 
@@ -21,7 +22,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="`auto`: bfloat16 on a GPU.")
     compiled: bool = Field(False, description="Let torch.compile fuse the model: a GPU is a tenth faster after 15 s.")
-    profile: str = Field("quality", description="Sampling profile of rows that name none.")
+    profile: str = Field(DEFAULT_PROFILE, description="`exact`, `quality` or `fast`: of rows that name none.")
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / "scail",
         description="Inputs and unfinished clips of this machine; local and fast.",

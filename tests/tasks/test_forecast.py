@@ -22,7 +22,7 @@ from tasks.storage import DEFAULT_POLICY
 from tests.tasks.test_results import metrics_of
 
 TRUE_LAW = Law(per_token=4.5e-5, per_pair=1.6e-9, fixed=0.6, per_megapixel=0.07)
-QUALITY = PROFILES["quality"]
+QUALITY = PROFILES["quality"].sampling
 SIZES = ((512, 896), (896, 512), (384, 672), (256, 448), (704, 1280))
 
 

@@ -267,3 +267,31 @@ def test_ten_thousand_rows_are_planned_and_skipped_in_seconds(tmp_path):
     assert (len(again.jobs), len(again.settled)) == (9_800, 200)
     assert seconds < 20
     assert seconds_with_skips < 20
+
+
+def test_a_profile_of_other_arithmetic_is_another_clip_with_the_same_seed(request_of, output):
+    found = planned([request_of(2, profile="exact"), request_of(3, profile="quality")], output)
+
+    exact, quality = found.jobs
+    assert exact.key != quality.key
+    assert exact.params == quality.params
+
+
+def test_rows_of_one_arithmetic_come_together(request_of, output):
+    profiles = {2: "exact", 3: "quality", 4: "exact", 5: "fast"}
+
+    found = planned([request_of(row, row % 3, profile=profile) for row, profile in profiles.items()], output)
+
+    assert [job.clip_id for job in found.jobs] == ["c2", "c4", "c3", "c5"]
+
+
+def test_a_profile_that_is_not_known_is_refused(request_of, output):
+    with pytest.raises(RefusedError, match="profile is 'turbo'; expected one of exact, quality, fast"):
+        plan_clips(
+            [request_of(2)],
+            output_uri=output,
+            checkpoint_fingerprint=FINGERPRINT,
+            default_profile="turbo",
+            policy=DEFAULT_POLICY,
+            threads=1,
+        )
