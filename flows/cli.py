@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from tasks import cluster
 from tasks.checkpoint import inspect_checkpoint, write_demo_checkpoint
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast
-from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, read_rows
+from tasks.form import SELECTABLE, RenderOptions
+from tasks.jobs import ClipStatus
+from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, plan_line
+from tasks.selection import choose_rows
 from tasks.settings import Settings
 from tasks.storage import StorageError
 
@@ -31,6 +37,10 @@ OutputOption = Annotated[str, typer.Option(help="URI of the folder for clips and
 CheckpointOption = Annotated[str | None, typer.Option(help="Checkpoint folder. [default: SCAIL_CHECKPOINT]")]
 ProfileOption = Annotated[str | None, typer.Option(help="Sampling profile of rows that name none.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Take only the first rows.")]
+OnlyStatusOption = Annotated[
+    list[ClipStatus],
+    typer.Option(help=f"Take only rows that ended so in the last run: {', '.join(SELECTABLE)}. May be repeated."),
+]
 SkipInvalidOption = Annotated[bool, typer.Option("--skip-invalid", help="Render the good rows, report the others.")]
 WorkersOption = Annotated[
     str | None,
@@ -58,6 +68,7 @@ def render(
     checkpoint: CheckpointOption = None,
     profile: ProfileOption = None,
     limit: LimitOption = None,
+    only_status: OnlyStatusOption = [],  # noqa: B006  # Typer's way to an option that may be repeated
     skip_invalid: SkipInvalidOption = False,
     workers: WorkersOption = None,
     priority: PriorityOption = 0,
@@ -67,12 +78,24 @@ def render(
 ) -> None:
     """Render every clip of a manifest that is not rendered yet."""
     if dry_run:
-        check(manifest, output=output, checkpoint=checkpoint, profile=profile, limit=limit, skip_invalid=skip_invalid)
+        check(manifest, output, checkpoint, profile, limit, only_status, skip_invalid)
         return
+    settings = Settings()
     try:
-        read_rows(manifest, skip_invalid=skip_invalid, limit=limit)  # the flow asks again; here a refusal is instant
-        model = inspect_checkpoint(checkpoint or Settings().checkpoint)
-        where = cluster.parse_workers(workers or Settings().workers)
+        with _options_checked():
+            options = RenderOptions(
+                profile=profile or settings.profile,
+                only_status=tuple(only_status),
+                limit=limit,
+                skip_invalid=skip_invalid,
+                priority=priority,
+                max_gpus=max_gpus,
+                checkpoint=checkpoint,
+            )
+        # The flow asks again; here a refusal is instant.
+        choose_rows(manifest, output, options, policy=settings.storage_policy())
+        model = inspect_checkpoint(checkpoint or settings.checkpoint)
+        where = cluster.parse_workers(workers or settings.workers)
     except RefusedError as error:
         _refuse(error)
     if model.notice:
@@ -80,15 +103,13 @@ def render(
     err.print("starting Prefect …", style="dim")
     _prepare_prefect(verbose=verbose)
     from flows.progress import progress_bars
-    from flows.render_manifest import render_manifest
-    from tasks.results import Summary
+    from flows.render_manifest import render_manifest, report_uri
+    from tasks.results import Summary, closing_line
 
     on_workers = render_manifest.with_options(task_runner=cluster.task_runner(where, model.path))
     try:
         with progress_bars(err), cluster.shared_prefect_api(where):
-            state = on_workers(
-                manifest, output, model.path, profile, limit, skip_invalid, priority, max_gpus, return_state=True
-            )
+            state = on_workers(manifest, output, options, return_state=True)
     except RefusedError as error:
         _refuse(error)
     result = state.result(raise_on_failure=False)
@@ -99,7 +120,7 @@ def render(
         raise typer.Exit(ExitCode.SOME_FAILED)
     if not isinstance(result, Summary):
         raise result if isinstance(result, BaseException) else RuntimeError(state.message)
-    out.print(state.message, markup=False)
+    out.print(closing_line(result, report_uri(result.run)), markup=False)
     raise typer.Exit(ExitCode.OK if state.is_completed() else ExitCode.SOME_FAILED)
 
 
@@ -110,6 +131,7 @@ def check(
     checkpoint: CheckpointOption = None,
     profile: ProfileOption = None,
     limit: LimitOption = None,
+    only_status: OnlyStatusOption = [],  # noqa: B006
     skip_invalid: SkipInvalidOption = False,
 ) -> None:
     """Say what a manifest would render, how long that takes and what it costs. Nothing is written, no GPU is needed.
@@ -118,8 +140,16 @@ def check(
     without, only the rows are checked, and the forecast is a guess.
     """
     try:
-        rows = read_rows(manifest, skip_invalid=skip_invalid, limit=limit)
-        plan, forecast = _plan(rows, output, checkpoint, profile)
+        with _options_checked():
+            options = RenderOptions(
+                profile=profile or Settings().profile,
+                only_status=tuple(only_status),
+                limit=limit,
+                skip_invalid=skip_invalid,
+                checkpoint=checkpoint,
+            )
+        rows = choose_rows(manifest, output, options, policy=Settings().storage_policy())
+        plan, forecast = _plan(rows, output, options)
     except RefusedError as error:
         _refuse(error)
     for result in rows.invalid:
@@ -136,7 +166,7 @@ def check(
         out.print(f"render   {job.clip_id}  {job.params.num_inference_steps} steps{shared}", markup=False)
     if plan.jobs:
         out.print(str(forecast), markup=False)
-    out.print(_plan_line(plan, rows), markup=False)
+    out.print(plan_line(plan, rows), markup=False)
     failed = rows.invalid or any(result.status == "failed" for result in plan.settled)
     raise typer.Exit(ExitCode.SOME_FAILED if failed else ExitCode.OK)
 
@@ -258,9 +288,19 @@ def main() -> None:
     app()
 
 
-def _plan(rows: Rows, output: str | None, checkpoint: str | None, profile: str | None) -> tuple[Plan | None, Forecast]:
+@contextmanager
+def _options_checked() -> Iterator[None]:
+    """Raises RefusedError where an option's value is not one that the form takes."""
+    try:
+        yield
+    except ValidationError as error:
+        problems = [f"{found['loc'][0]}: {found['msg'].removeprefix('Value error, ')}" for found in error.errors()]
+        raise RefusedError("; ".join(problems)) from error
+
+
+def _plan(rows: Rows, output: str | None, options: RenderOptions) -> tuple[Plan | None, Forecast]:
     settings = Settings()
-    checkpoint, profile = checkpoint or settings.checkpoint, profile or settings.profile
+    checkpoint, profile = options.checkpoint or settings.checkpoint, options.profile
     if output is None:
         return None, forecast_rows(rows, checkpoint=checkpoint, default_profile=profile, settings=settings)
     model = inspect_checkpoint(checkpoint)
@@ -273,14 +313,6 @@ def _plan(rows: Rows, output: str | None, checkpoint: str | None, profile: str |
         threads=settings.planning_threads,
     )
     return plan, forecast_plan(plan, output_uri=output, model=model, settings=settings)
-
-
-def _plan_line(plan: Plan, rows: Rows) -> str:
-    by_status = [result.status for result in plan.settled]
-    counts = {status: by_status.count(status) for status in dict.fromkeys(by_status)}
-    parts = [f"{len(plan.jobs)} to render", f"{sum(map(len, plan.twins.values()))} repeated"]
-    parts += [f"{count} {status}" for status, count in counts.items()]
-    return ", ".join([*parts, f"{len(rows.invalid)} invalid"])
 
 
 def _prepare_prefect(*, verbose: bool) -> None:

@@ -12,54 +12,49 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
-from pydantic import PositiveInt
 
 from tasks import cluster, storage
+from tasks.artifacts import ProgressArtifact, publish_artifacts, publish_plan
 from tasks.attempts import cancelling_on_exit
 from tasks.checkpoint import inspect_checkpoint
+from tasks.forecast import Forecast
+from tasks.form import DEFAULT_OPTIONS, RenderOptions
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
 from tasks.notify import open_notifications
-from tasks.plan import Plan, forecast_plan, plan_clips, read_rows, result_of
+from tasks.plan import Plan, Rows, forecast_plan, plan_clips, plan_line, result_of
 from tasks.progress import progress_sink
 from tasks.render import render_clip, software_versions
 from tasks.report import write_report
-from tasks.results import RunInfo, Summary, closing_line, mark_success, write_results
+from tasks.results import RunInfo, Summary, closing_line, mark_success, trouble_lines, write_results
+from tasks.selection import choose_rows
 from tasks.settings import Settings
 from tasks.window import run_window
 
 logger = logging.getLogger(__name__)
 
 
+def run_name() -> str:
+    """What the run is called in Prefect's UI: `spring.csv`."""
+    return storage.name(flow_run.parameters["manifest"])
+
+
 @flow(
     name="render-manifest",
-    flow_run_name="{manifest}",
+    flow_run_name=run_name,
     task_runner=cluster.configured_task_runner(),
     validate_parameters=True,
 )
-def render_manifest(
-    manifest: str,
-    output: str,
-    checkpoint: str | None = None,
-    profile: str | None = None,
-    limit: int | None = None,
-    skip_invalid: bool = False,
-    priority: int = 0,
-    max_gpus: PositiveInt | None = None,
-) -> State[Summary]:
+def render_manifest(manifest: str, output: str, options: RenderOptions = DEFAULT_OPTIONS) -> State[Summary | None]:
     """Render every clip of a manifest that is not rendered yet.
 
     Args:
-        manifest: URI of a CSV or JSONL manifest; its columns are in manifests/README.md.
-        output: URI of the folder for clips, done records and runs.
-        checkpoint: Checkpoint folder; the setting SCAIL_CHECKPOINT if absent.
-        profile: Sampling profile of rows that name none; the setting SCAIL_PROFILE if absent.
-        limit: Take only the first rows.
-        skip_invalid: Render the good rows of a manifest that has malformed ones.
-        priority: On a cluster, clips of a run with a higher number are started first.
-        max_gpus: Of a cluster's GPUs, hold no more than so many at a time; all if absent.
+        manifest: The list of clips, a CSV or JSONL file: `gs://…`, `s3://…`, `https://…`, or a path that the
+            coordinator sees.
+        output: The folder for clips and results, such as `gs://studio/renders`. What is there already is skipped.
+        options: Everything has a sensible default: leave it as it is to render what is not rendered yet.
 
     Returns:
-        A failed state when a row failed, otherwise a completed one; both hold the run's summary.
+        A failed state when a row failed, otherwise a completed one; both hold the run's summary, unless it was dry.
 
     Raises:
         RefusedError: Before anything is rendered, if the manifest, the checkpoint or the workers cannot be used.
@@ -67,24 +62,27 @@ def render_manifest(
     settings = Settings()
     started_at = datetime.now(UTC)
     run_id = f"{started_at:%Y%m%dT%H%M%SZ}-{flow_run.id.partition('-')[0]}"
-    rows = read_rows(manifest, skip_invalid=skip_invalid, limit=limit)
-    model = inspect_checkpoint(checkpoint or settings.checkpoint)
+    rows = choose_rows(manifest, output, options, policy=settings.storage_policy())
+    model = inspect_checkpoint(options.checkpoint or settings.checkpoint)
     plan = plan_clips(
         rows.requests,
         output_uri=output,
         checkpoint_fingerprint=model.fingerprint,
-        default_profile=profile or settings.profile,
+        default_profile=options.profile,
         policy=settings.storage_policy(),
         threads=settings.planning_threads,
     )
     forecast = forecast_plan(plan, output_uri=output, model=model, settings=settings)
     logger.info("%d rows settled before; %s", len(plan.settled), forecast)
+    if options.dry_run:
+        return show_plan(plan, rows, forecast, manifest_uri=manifest)
     results = [*rows.invalid, *plan.settled]
-    with open_notifications(settings, run_id=run_id, manifest_uri=manifest, output_uri=output) as notifications:
+    progress = ProgressArtifact(flow_run.id, forecast)
+    with open_notifications(
+        settings, run_id=run_id, manifest_uri=manifest, output_uri=output, also=[progress]
+    ) as notifications:
         notifications.started(plan, rows.invalid)
-        for result in render_all(
-            plan, output_uri=output, checkpoint=model.path, priority=priority, max_gpus=max_gpus, settings=settings
-        ):
+        for result in render_all(plan, options, output_uri=output, checkpoint=model.path, settings=settings):
             results.append(result)
             notifications.clip(result)
         run = RunInfo(
@@ -102,12 +100,12 @@ def render_manifest(
         )
         summary = publish_run(results, rows.columns, run)
         notifications.finished(summary)
-    ok = not (summary.counts[ClipStatus.FAILED] or summary.counts[ClipStatus.INVALID])
-    return (Completed if ok else Failed)(message=closing_line(summary, report_uri(run)), data=summary)
+    publish_artifacts(results, summary=summary, report_uri=report_uri(run))
+    return closing_state(results, closing_line(summary, report_uri(run)), summary)
 
 
 def render_all(
-    plan: Plan, *, output_uri: str, checkpoint: str, priority: int, max_gpus: int | None, settings: Settings
+    plan: Plan, options: RenderOptions, *, output_uri: str, checkpoint: str, settings: Settings
 ) -> Iterator[ClipResult]:
     """The result of every row of the plan that has to be rendered, as they come."""
     if not plan.jobs:
@@ -118,9 +116,9 @@ def render_all(
         run_id=flow_run.id,
         checkpoint=checkpoint if cluster.renders_here() else None,
     )
-    submit = cluster.at_priority(submit, priority)
+    submit = cluster.at_priority(submit, options.priority)
     with cancelling_on_exit(output_uri, flow_run.id, policy=settings.storage_policy()):
-        for job, outcome in run_window(plan.jobs, submit, cluster.slots(max_gpus)):
+        for job, outcome in run_window(plan.jobs, submit, cluster.slots(options.max_gpus)):
             result = outcome if isinstance(outcome, ClipResult) else failed_result(job, outcome)
             progress_sink.get()(job.clip_id, result.status, 0, 0)
             yield result
@@ -139,6 +137,18 @@ def twin_result(result: ClipResult, job: ClipJob, twin: ClipRequest) -> ClipResu
     own = {"row": twin.row, "clip_id": twin.clip_id, "columns": twin.columns, "status": status}
     note = {"message": f"same content as {job.clip_id}"} if status is ClipStatus.SKIPPED else {}
     return result.model_copy(update=own | note)
+
+
+def show_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: str) -> State[Summary | None]:
+    """What a dry run leaves behind: the plan in Prefect's UI, and nothing else."""
+    publish_plan(plan, rows, forecast, manifest_uri=manifest_uri)
+    return closing_state([*rows.invalid, *plan.settled], f"dry run: {plan_line(plan, rows)}; {forecast}", None)
+
+
+def closing_state(results: Sequence[ClipResult], message: str, summary: Summary | None) -> State[Summary | None]:
+    """The run's last state: failed if a row is, and then with the first reasons below the message."""
+    troubles = trouble_lines(results)
+    return (Failed if troubles else Completed)(message="\n".join([message, *troubles]), data=summary)
 
 
 def devices_of(results: Sequence[ClipResult]) -> str:

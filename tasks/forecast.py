@@ -204,6 +204,12 @@ def fit(timings: Sequence[Timing]) -> tuple[Law, tuple[float, float] | None]:
     return law, (percentile(shares, 0.1), percentile(shares, 0.9))
 
 
+def full_clip_seconds(params: SamplingParams) -> float:
+    """How long the longest clip at the usual size holds the device we measured on, with the 14B model."""
+    measured = MEASURED[SCAIL_14B.name, DEFAULT_DEVICE]
+    return measured.law().seconds(work_of(MAX_FRAMES, DEFAULT_SIZE, _forwards_of(params)))
+
+
 def work_of(num_frames: int, size: tuple[int, int], num_forwards: int) -> Work:
     """The work of a clip of `size` (height, width)."""
     height, width = size

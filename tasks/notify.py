@@ -3,7 +3,9 @@
     StatusFile   always: OUTPUT/status.json and OUTPUT/runs/<run id>/status.json, replaced at each change
     Webhook      if SCAIL_WEBHOOK_URL is set: one CloudEvent for the run's start, for each clip and for its end
 
-Both deliver from a thread of their own, and neither can fail or hold up a clip: what cannot be delivered is logged
+The flow adds the progress in Prefect's UI (tasks/artifacts.py).
+
+All deliver from a thread of their own, and none can fail or hold up a clip: what cannot be delivered is logged
 and dropped. `status.json` is the state, an event only the news of it: who missed one reads the file.
 """
 
@@ -14,22 +16,21 @@ import hmac
 import json
 import logging
 import random
-import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from tasks import storage
+from tasks.courier import Courier
 from tasks.jobs import ClipResult, ClipStatus
 from tasks.plan import Plan
 from tasks.report import REPORT
@@ -52,7 +53,6 @@ _TIMEOUTS_SECONDS = (5.0, 10.0)  # to connect; until the answer begins
 _FIRST_PAUSE_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 30.0
 
-Item = TypeVar("Item")
 _Frozen = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -247,9 +247,11 @@ class Notifications:
             _without_raising(partial(notifier.notify, event))
 
 
-def open_notifications(settings: Settings, *, run_id: str, manifest_uri: str, output_uri: str) -> Notifications:
-    """Notifications of a run by every way that is set up."""
-    notifiers: list[Notifier] = [StatusFile(output_uri, run_id, policy=settings.storage_policy())]
+def open_notifications(
+    settings: Settings, *, run_id: str, manifest_uri: str, output_uri: str, also: Sequence[Notifier] = ()
+) -> Notifications:
+    """Notifications of a run by every way that is set up, and by those that the caller adds."""
+    notifiers: list[Notifier] = [StatusFile(output_uri, run_id, policy=settings.storage_policy()), *also]
     if settings.webhook_url:
         secret = settings.webhook_secret.get_secret_value() if settings.webhook_secret else None
         notifiers.append(Webhook(settings.webhook_url, secret))
@@ -271,7 +273,7 @@ class StatusFile:
         self._uris = (storage.join(output_uri, "runs", run_id, STATUS), storage.join(output_uri, STATUS))
         self._policy = policy
         self._heartbeat_seconds = heartbeat_seconds
-        self._courier = _Courier[RunStatus](
+        self._courier = Courier[RunStatus](
             "status-file",
             self._write,
             max_waiting=1,  # of several changes between two writes, the last says it all
@@ -323,7 +325,7 @@ class Webhook:
         self._secret = secret
         self._timeouts_seconds = timeouts_seconds
         self._first_pause_seconds = first_pause_seconds
-        self._courier = _Courier[Event]("webhook", self._deliver, max_waiting=max_waiting)
+        self._courier = Courier[Event]("webhook", self._deliver, max_waiting=max_waiting)
 
     def notify(self, event: Event) -> None:
         self._courier.send(event)
@@ -405,87 +407,6 @@ def clip_note(result: ClipResult) -> ClipNote:
         error_class=result.error_class,
         message=result.message and result.message[:MAX_MESSAGE_CHARS],
     )
-
-
-class _Courier(Generic[Item]):
-    """Delivers items one by one from a thread of its own; the oldest make way when too many wait.
-
-    The thread is a daemon: one that hangs in a library's call never keeps the process from ending.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        deliver: Callable[[Item], None],
-        *,
-        max_waiting: int,
-        pause_seconds: float = 0.0,
-        repeat_seconds: float | None = None,
-    ) -> None:
-        self._name = name
-        self._deliver = deliver
-        self._pause_seconds = pause_seconds
-        self._repeat_seconds = repeat_seconds
-        self._waiting: deque[Item] = deque(maxlen=max_waiting)
-        self._changed = threading.Condition()
-        self._is_closing = False
-        self._given_up = threading.Event()
-        self._is_failing = False
-        self.num_dropped = 0  # items that made way for newer ones
-        self._thread: threading.Thread | None = None
-
-    def send(self, item: Item) -> None:
-        with self._changed:
-            if self._is_closing:
-                return
-            self.num_dropped += len(self._waiting) == self._waiting.maxlen
-            self._waiting.append(item)
-            self._changed.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-
-    def close(self, timeout_seconds: float) -> None:
-        """Take no more, deliver what waits for so long at most, then give up."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        if self._thread is None:
-            return
-        self._thread.join(timeout_seconds)
-        self._given_up.set()
-        if self._thread.is_alive():
-            logger.warning(
-                "%s: not everything was delivered in %.0f s, the rest is dropped", self._name, timeout_seconds
-            )
-
-    def is_given_up_after(self, seconds: float) -> bool:
-        """Wait; true as soon as there is no more time for another try."""
-        return self._given_up.wait(seconds)
-
-    def _run(self) -> None:
-        last: Item | None = None
-        while not self._given_up.is_set():
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_closing, self._repeat_seconds)
-                if self._waiting:
-                    last = self._waiting.popleft()
-                elif self._is_closing:
-                    return
-            if last is not None:
-                self._deliver_one(last)
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closing, self._pause_seconds)
-
-    def _deliver_one(self, item: Item) -> None:
-        try:
-            self._deliver(item)
-        except Exception as error:  # noqa: BLE001  # whatever it is, a run must not suffer from it
-            level = logging.DEBUG if self._is_failing else logging.WARNING  # said once, not at every clip
-            logger.log(level, "%s: %s", self._name, error)
-            self._is_failing = True
-        else:
-            self._is_failing = False
 
 
 def _without_raising(action: Callable[[], None]) -> None:

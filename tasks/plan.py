@@ -55,13 +55,12 @@ class Plan:
     settled: tuple[ClipResult, ...]
 
 
-def read_rows(manifest_uri: str, *, skip_invalid: bool, limit: int | None) -> Rows:
+def read_rows(manifest_uri: str, *, skip_invalid: bool) -> Rows:
     """Read a manifest and decide whether it may be rendered.
 
     Args:
         manifest_uri: Of the CSV or JSONL file.
         skip_invalid: Go on with the good rows where others are malformed.
-        limit: Take only the first good rows.
 
     Raises:
         RefusedError: With a line for every malformed row, unless they are to be skipped; and always if the file is
@@ -76,7 +75,7 @@ def read_rows(manifest_uri: str, *, skip_invalid: bool, limit: int | None) -> Ro
         raise RefusedError(f"{storage.redact(manifest_uri)}: {len(lines)} problems, nothing was rendered", lines)
     if not manifest.requests:
         raise RefusedError(f"{storage.redact(manifest_uri)}: no row can be rendered", lines)
-    return Rows(manifest.columns, manifest.requests[:limit], tuple(invalid_results(manifest.problems)))
+    return Rows(manifest.columns, manifest.requests, tuple(invalid_results(manifest.problems)))
 
 
 def plan_clips(
@@ -277,6 +276,15 @@ def check_profile(name: str) -> None:
 
 def _forecast_device(settings: Settings) -> str | None:
     return settings.forecast_device or ("CPU" if settings.device == "cpu" else None)
+
+
+def plan_line(plan: Plan, rows: Rows) -> str:
+    """How many rows a plan renders, and what becomes of the others: `3 to render, 0 repeated, 1 skipped, 0 invalid`."""
+    by_status = [result.status for result in plan.settled]
+    counts = {status: by_status.count(status) for status in dict.fromkeys(by_status)}
+    parts = [f"{len(plan.jobs)} to render", f"{sum(map(len, plan.twins.values()))} repeated"]
+    parts += [f"{count} {status}" for status, count in counts.items()]
+    return ", ".join([*parts, f"{len(rows.invalid)} invalid"])
 
 
 def result_of(request: ClipRequest, status: ClipStatus) -> ClipResult:

@@ -19,7 +19,7 @@ import csv
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
@@ -35,9 +35,10 @@ logger = logging.getLogger(__name__)
 
 RESULT_COLUMNS = ("status", "video", "seconds", "cost", "error_class", "message")
 SUCCESS = "_SUCCESS"
+MAX_TROUBLE_LINES = 3
 WORKER_DIED = "WorkerDied"  # what an attempt is counted as that has no outcome
 
-_NOT_DONE = (ClipStatus.FAILED, ClipStatus.INVALID)
+NOT_DONE = (ClipStatus.FAILED, ClipStatus.INVALID)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _Frozen = ConfigDict(frozen=True, extra="forbid")
 
@@ -161,11 +162,20 @@ def summarise(results: Sequence[ClipResult], run: RunInfo) -> Summary:
 
 def closing_line(summary: Summary, report_uri: str) -> str:
     """The last line on stdout: `12 rendered, 3 skipped, 1 failed → OUTPUT/report.html`."""
+    return f"{counts_line(summary.counts)} → {report_uri}"
+
+
+def counts_line(counts: Mapping[ClipStatus, int]) -> str:
+    """`12 rendered, 3 skipped, 1 failed`; other statuses only where they occurred."""
     always = (ClipStatus.RENDERED, ClipStatus.SKIPPED, ClipStatus.FAILED)
-    counts = [
-        f"{summary.counts[status]} {status}" for status in ClipStatus if status in always or summary.counts[status]
-    ]
-    return f"{', '.join(counts)} → {report_uri}"
+    return ", ".join(f"{counts[status]} {status}" for status in ClipStatus if status in always or counts[status])
+
+
+def trouble_lines(results: Iterable[ClipResult]) -> list[str]:
+    """The first few rows that have no clip, one line each with the reason; empty if every row has its own."""
+    troubled = sorted((result for result in results if result.status in NOT_DONE), key=lambda result: result.row)
+    lines = [f"{result.clip_id}: {result.message or result.status}" for result in troubled[:MAX_TROUBLE_LINES]]
+    return [*lines, f"and {len(troubled) - len(lines)} more"] if len(troubled) > len(lines) else lines
 
 
 def mark_success(run_dir_uri: str) -> None:
@@ -186,7 +196,7 @@ def mark_success(run_dir_uri: str) -> None:
 
 def _is_mendable(result: ClipResult) -> bool:
     """Whether the row has no clip and its cells could be told apart."""
-    return result.status in _NOT_DONE and bool(result.columns)
+    return result.status in NOT_DONE and bool(result.columns)
 
 
 def _rendered_metrics(results: Iterable[ClipResult]) -> list[ClipMetrics]:

@@ -159,6 +159,19 @@ def local_path(uri: str) -> Path | None:
     return _file_path(uri) if scheme_of(uri) == "file" else None
 
 
+def browser_url(uri: str) -> str | None:
+    """Where somebody who may see the object can open it in a browser; None for what only this machine has.
+
+    Google's and Amazon's addresses ask for a log-in where the bucket is not public.
+    """
+    scheme, (bucket, _, key) = scheme_of(uri), uri.partition("://")[2].partition("/")
+    if scheme == "gs":
+        return f"https://storage.cloud.google.com/{bucket}/{quote(key)}"
+    if scheme == "s3":
+        return f"https://{bucket}.s3.amazonaws.com/{quote(key)}"
+    return uri if scheme == "https" else None
+
+
 def scheme_of(uri: str) -> str:
     """Lower-case scheme; a plain path is a file."""
     match = _SCHEME.match(uri)

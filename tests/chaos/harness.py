@@ -212,12 +212,13 @@ class Cluster:
 
     def flow_state(self, run: Run) -> str:
         """The state of the newest flow run of a manifest, as Prefect tells it."""
-        query = {"flow_runs": {"name": {"any_": [str(run.manifest)]}}, "sort": "START_TIME_DESC"}
+        query = {"flow_runs": {"name": {"any_": [run.manifest.name]}}, "sort": "START_TIME_DESC"}
         request = urllib.request.Request(
             f"{self.api_url}/flow_runs/filter", json.dumps(query).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.load(answer)[0]["state"]["type"]
+            runs = json.load(answer)
+        return next(found for found in runs if found["parameters"]["manifest"] == str(run.manifest))["state"]["type"]
 
     def _spawn(self, name: str, module: str, *arguments: object) -> None:
         with (self.root / f"{name}.log").open("a") as log:

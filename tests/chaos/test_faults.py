@@ -268,7 +268,7 @@ def ends_of_all(output: Path) -> set[tuple[str, AttemptStage]] | None:
 
 def plan_of(manifest: Path, output: Path, checkpoint: Path):
     return plan_clips(
-        read_rows(str(manifest), skip_invalid=False, limit=None).requests,
+        read_rows(str(manifest), skip_invalid=False).requests,
         output_uri=str(output),
         checkpoint_fingerprint=inspect_checkpoint(str(checkpoint)).fingerprint,
         default_profile="quality",

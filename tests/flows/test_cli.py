@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from scail import __version__
 from scail.checkpoint import write_random_checkpoint
-from scail.config import SCAIL_TINY
+from scail.config import PROFILES, SCAIL_TINY
 from scail.probe import probe_video
 from tests.flows.conftest import HEIGHT, WIDTH
 from tests.scail import layouts
@@ -129,6 +129,28 @@ def test_check_lists_every_malformed_row(write_manifest):
     assert result.exit_code == 2
     assert "line 2, column seed" in result.stderr
     assert "line 3, column width" in result.stderr
+
+
+def test_rows_that_failed_are_chosen_by_their_status_in_the_last_run(write_manifest, media, tmp_path, checkpoint):
+    rows = {"clip_id": "good"}, {"clip_id": "bad", "seed": 2, "pose": tmp_path / "late.mp4"}
+    folders = "--output", tmp_path / "out", "--checkpoint", checkpoint
+    before = scail("check", write_manifest(*rows), *folders, "--only-status", "failed")
+    scail("render", write_manifest(*rows), *folders)
+    (tmp_path / "late.mp4").write_bytes((media / "pose5.mp4").read_bytes())
+
+    planned = scail("check", write_manifest(*rows), *folders, "--only-status", "failed")
+    mended = scail("render", write_manifest(*rows), *folders, "--only-status", "failed")
+
+    assert (before.exit_code, "was not rendered to" in before.stderr) == (2, True)
+    assert planned.stdout.splitlines()[-1] == "1 to render, 0 repeated, 0 invalid"
+    assert mended.stdout.splitlines()[-1].startswith("1 rendered, 0 skipped, 0 failed")
+
+
+def test_an_unknown_profile_is_refused(write_manifest, tmp_path, checkpoint):
+    result = scail("check", write_manifest({"clip_id": "a"}), "--profile", "fastest")
+
+    assert result.exit_code == 2
+    assert f"profile: came 'fastest', expected one of {', '.join(PROFILES)}" in result.stderr
 
 
 def test_doctor_says_what_is_wrong_in_one_line_each(tmp_path, checkpoint):

@@ -14,13 +14,15 @@ from scail import ScailPipeline
 from scail.probe import probe_video
 from tasks import errors, render, storage
 from tasks.errors import RefusedError
+from tasks.form import RenderOptions
 from tasks.jobs import ClipStatus
 from tasks.manifest import read_manifest
 from tasks.results import Summary
 
 
-def run(manifest: Path, output: Path, checkpoint: Path, **parameters) -> tuple[bool, Summary]:
-    state = render_manifest(str(manifest), str(output), str(checkpoint), **parameters, return_state=True)
+def run(manifest: Path, output: Path, checkpoint: Path, **options) -> tuple[bool, Summary]:
+    chosen = RenderOptions(checkpoint=str(checkpoint), **options)
+    state = render_manifest(str(manifest), str(output), chosen, return_state=True)
     summary = state.result(raise_on_failure=False)
     if isinstance(summary, BaseException):
         raise summary
@@ -260,9 +262,8 @@ def test_inputs_and_outputs_may_be_any_uri_that_storage_knows(write_manifest, me
     manifest = write_manifest({"clip_id": "clip", "reference": "ref.png", "pose": "pose.mp4"})
     storage.publish_file(manifest, "memory://bucket/in/manifest.csv")
 
-    state = render_manifest(
-        "memory://bucket/in/manifest.csv", "memory://bucket/out", str(checkpoint), return_state=True
-    )
+    options = RenderOptions(checkpoint=str(checkpoint))
+    state = render_manifest("memory://bucket/in/manifest.csv", "memory://bucket/out", options, return_state=True)
 
     assert state.is_completed()
     assert storage.read_bytes("memory://bucket/out/clips/clip/video.mp4")[4:8] == b"ftyp"

@@ -228,7 +228,7 @@ def test_the_forecast_of_a_plan_learns_from_the_clips_it_skips(request_of, outpu
 
 def test_the_forecast_of_bare_rows_knows_the_model_and_the_device(tmp_path):
     (tmp_path / "m.csv").write_text("reference,pose,enabled\na.png,a.mp4,\nb.png,b.mp4,no\n")
-    rows = read_rows(str(tmp_path / "m.csv"), skip_invalid=False, limit=None)
+    rows = read_rows(str(tmp_path / "m.csv"), skip_invalid=False)
 
     def forecast(**settings):
         return forecast_rows(
@@ -254,7 +254,7 @@ def test_ten_thousand_rows_are_planned_and_skipped_in_seconds(tmp_path):
     output = str(tmp_path / "out")
 
     start = time.perf_counter()
-    rows = read_rows(str(tmp_path / "m.csv"), skip_invalid=False, limit=None)
+    rows = read_rows(str(tmp_path / "m.csv"), skip_invalid=False)
     first = planned(rows.requests, output)
     seconds = time.perf_counter() - start
     for job in first.jobs[:200]:

@@ -1,0 +1,278 @@
+"""What a run shows of itself in Prefect's UI: how far it is, and at the end what came of it.
+
+    …-progress   while it runs: percent, counts, when it will be ready, the newest failure
+    …-results    a table with a line for each row, those without a clip first
+    …-summary    counts, what went wrong and how to mend it, posters
+    …-report     a link to report.html, where a browser can follow one
+    …-plan       of a dry run: a table of what would be rendered
+
+Each is kept under the manifest's name, so that the UI lists the runs of one manifest below each other. A run never
+fails or waits for its looks: what Prefect does not take is logged. What a manifest says is shown as text, never as
+markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from PIL import Image, UnidentifiedImageError
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from tasks import storage
+from tasks.courier import Courier
+from tasks.figures import duration, gpu_seconds, time_name
+from tasks.forecast import Forecast
+from tasks.jobs import ClipResult, ClipStatus
+from tasks.notify import Event, RunState, RunStatus
+from tasks.plan import Plan, Rows, plan_line
+from tasks.results import NOT_DONE, Summary, counts_line
+from tasks.storage import StorageError
+
+logger = logging.getLogger(__name__)
+
+MIN_SECONDS_BETWEEN_UPDATES = 10.0  # each is also an event on the run's page
+MAX_TABLE_ROWS = 500
+MAX_TROUBLES = 20
+MAX_POSTERS, POSTERS_PER_LINE, POSTER_WIDTH = 12, 4, 180
+MAX_CELL_CHARS = 90  # the UI's tables do not wrap
+
+_MARKUP = re.compile(r"[\\`*_{}\[\]()<>#+!|~&-]")
+
+
+class ProgressArtifact:
+    """A notifier that keeps the run's bar in Prefect's UI.
+
+    Args:
+        flow_run_id: Whose bar it is.
+        forecast: Says how long it takes while no clip is ready yet.
+    """
+
+    def __init__(self, flow_run_id: str, forecast: Forecast, *, seconds: float = MIN_SECONDS_BETWEEN_UPDATES) -> None:
+        self._flow_run_id = UUID(flow_run_id)
+        self._forecast = forecast
+        self._artifact_id: UUID | None = None
+        # Of several changes between two updates, the last says it all.
+        self._courier = Courier[RunStatus]("progress-artifact", self._write, max_waiting=1, pause_seconds=seconds)
+
+    def notify(self, event: Event) -> None:
+        self._courier.send(event.status)
+
+    def close(self, timeout_seconds: float) -> None:
+        self._courier.close(timeout_seconds)
+
+    def _write(self, status: RunStatus) -> None:
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+
+        content: dict[str, Any] = {
+            "data": 100.0 * status.num_settled / max(1, status.num_rows),
+            "description": progress_text(status, self._forecast),
+        }
+        with get_client(sync_client=True) as client:
+            if self._artifact_id is None:
+                key = artifact_key(status.manifest, "progress")
+                artifact = ArtifactCreate(key=key, type="progress", flow_run_id=self._flow_run_id, **content)
+                self._artifact_id = client.create_artifact(artifact).id
+            else:
+                client.update_artifact(self._artifact_id, ArtifactUpdate(**content))
+
+
+def progress_text(status: RunStatus, forecast: Forecast) -> str:
+    """The words beside the bar."""
+    counts = ", ".join(f"{count} {name}" for name, count in status.counts.items() if count)
+    lines = [f"**{status.num_settled} of {status.num_rows} rows**{f': {counts}' if counts else ''}"]
+    if status.state is RunState.STOPPED:
+        lines.append(f"Stopped: {as_text(status.message or 'before its results were written')}")
+    elif status.state is RunState.RUNNING and status.eta_seconds is None:
+        lines.append(f"No clip is ready yet. {as_text(str(forecast)).capitalize()}")
+    elif status.state is RunState.RUNNING and status.eta_seconds:
+        ready_at = status.updated_at + timedelta(seconds=status.eta_seconds)
+        lines.append(f"Ready in about {duration(status.eta_seconds)}, at {_clock(ready_at, status.updated_at)}")
+    if status.last_clip and status.last_clip.status in NOT_DONE:
+        lines.append(f"{as_text(status.last_clip.clip_id)}: {as_text(status.last_clip.message or '')}")
+    return "\n\n".join(lines)
+
+
+def publish_artifacts(results: Sequence[ClipResult], *, summary: Summary, report_uri: str) -> None:
+    """The table, the summary and the link of a run that has ended; called by its flow."""
+    manifest, output = summary.run.manifest_uri, summary.run.output_uri
+    ordered = sorted(results, key=lambda result: (result.status not in NOT_DONE, result.row))
+    with _only_logged("results"):
+        rows = [_table_row(result, output) for result in ordered[:MAX_TABLE_ROWS]]
+        more = f" The first {MAX_TABLE_ROWS} are here, all are in results.csv." if len(ordered) > len(rows) else ""
+        create_table_artifact(
+            rows, key=artifact_key(manifest, "results"), description=f"{counts_line(summary.counts)}.{more}"
+        )
+    with _only_logged("summary"):
+        markdown = summary_markdown(ordered, summary=summary, report_uri=report_uri)
+        create_markdown_artifact(markdown, key=artifact_key(manifest, "summary"))
+    if (link := storage.browser_url(report_uri)) is not None:
+        with _only_logged("link"):
+            text = f"Report of {storage.name(manifest)}"
+            create_link_artifact(link, link_text=text, key=artifact_key(manifest, "report"), description=text)
+
+
+def publish_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: str) -> None:
+    """What a dry run found, as a table; called by its flow."""
+    results = [*rows.invalid, *plan.settled]
+    twins = [(twin, f"the same as {job.clip_id}") for job in plan.jobs for twin in plan.twins.get(job.key, ())]
+    lines = [
+        *(_plan_row(result.row, result.clip_id, result.status, result.message or "") for result in results),
+        *(_plan_row(job.request.row, job.clip_id, "to render", _steps(job.params)) for job in plan.jobs),
+        *(_plan_row(twin.row, twin.clip_id, "repeated", why) for twin, why in twins),
+    ]
+    with _only_logged("plan"):
+        create_table_artifact(
+            sorted(lines, key=lambda line: int(line["line"]))[:MAX_TABLE_ROWS],
+            key=artifact_key(manifest_uri, "plan"),
+            description=f"{plan_line(plan, rows)}. {as_text(str(forecast)).capitalize()}",
+        )
+
+
+def summary_markdown(results: Sequence[ClipResult], *, summary: Summary, report_uri: str) -> str:
+    """A run as one page: counts, links, what went wrong, posters."""
+    run = summary.run
+    facts = [
+        f"{time_name(run.device)} {duration(summary.gpu_seconds)}" if summary.gpu_seconds else "",
+        f"cost {summary.cost:,.2f}" if summary.cost is not None else "",
+        as_text(run.device) if run.device != "none" else "",
+        as_text(run.checkpoint_name),
+    ]
+    lines = [
+        f"# {as_text(storage.name(run.manifest_uri))}: {counts_line(summary.counts)}",
+        " · ".join(filter(None, facts)),
+        f"**{as_text(run.notice)}**" if run.notice else "",
+        _report_line(report_uri, run.output_uri),
+        *_trouble_section(results),
+        *_poster_section(results),
+    ]
+    return "\n\n".join(filter(None, lines)) + "\n"
+
+
+def artifact_key(manifest_uri: str, kind: str) -> str:
+    """Lower-case letters, digits and dashes, as Prefect wants it: `2026-11-spring-csv-results`."""
+    name = re.sub(r"[^a-z0-9]+", "-", storage.name(manifest_uri).lower()).strip("-")
+    return f"{name or 'manifest'}-{kind}"
+
+
+def as_text(words: str) -> str:
+    """Shown by the UI letter by letter: no markup, no line break."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(words.split())).replace("\\&", "&amp;").replace("\\<", "&lt;")
+
+
+def _table_row(result: ClipResult, output_uri: str) -> dict[str, Any]:
+    seconds = gpu_seconds(result.metrics.seconds) if result.metrics and result.status is ClipStatus.RENDERED else None
+    return {
+        "clip": result.clip_id,
+        "line": result.row,
+        "status": str(result.status),
+        "time": "" if seconds is None else duration(seconds),
+        "video": _video_link(result, output_uri, "video") or "",
+        "why": _short(result.message or ""),
+    }
+
+
+def _plan_row(row: int, clip_id: str, what: str, why: str) -> dict[str, Any]:
+    return {"clip": clip_id, "line": row, "what": what, "why": _short(why)}
+
+
+def _steps(params: Any) -> str:
+    return f"{params.num_inference_steps} steps"
+
+
+def _short(words: str) -> str:
+    """As much of a message as a cell shows, and nothing that the UI takes for a link."""
+    line = " ".join(words.split()).replace("](", "] (")
+    return line if len(line) <= MAX_CELL_CHARS else f"{line[: MAX_CELL_CHARS - 1]}…"
+
+
+def _video_link(result: ClipResult, output_uri: str, label: str) -> str | None:
+    """A link in markdown; without one, where the video lies below OUTPUT."""
+    if not result.video:
+        return None
+    url = storage.browser_url(result.video)
+    return f"[{label}]({url})" if url else result.video.removeprefix(output_uri.rstrip("/") + "/")
+
+
+def _report_line(report_uri: str, output_uri: str) -> str:
+    if url := storage.browser_url(report_uri):
+        return f"[**The report, with every clip**]({url}) · output `{output_uri}`"
+    return f"The report, with every clip: `{report_uri}`"
+
+
+def _trouble_section(results: Sequence[ClipResult]) -> list[str]:
+    troubled = [result for result in results if result.status in NOT_DONE]
+    if not troubled:
+        return []
+    lines = [
+        f"- **{as_text(result.clip_id)}** ({result.status}): {as_text(result.message or '')}"
+        for result in troubled[:MAX_TROUBLES]
+    ]
+    if len(troubled) > len(lines):
+        lines.append(f"- … and {len(troubled) - len(lines)} more, in failures.csv")
+    advice = (
+        "Mend these rows in the manifest and render it again: what is done is skipped. "
+        "*Only rows whose status was* takes just these."
+    )
+    return ["## What went wrong", "\n".join(lines), advice]
+
+
+def _poster_section(results: Sequence[ClipResult]) -> list[str]:
+    """Posters of the first clips, side by side; those that this run rendered come before those that were there."""
+    with_poster = sorted(
+        (result for result in results if result.poster), key=lambda result: result.status is not ClipStatus.RENDERED
+    )
+    shown = [(result, image) for result in with_poster[:MAX_POSTERS] if (image := _thumbnail(result.poster or ""))]
+    if not shown:
+        return []
+    lines = ["## Clips"]
+    for start in range(0, len(shown), POSTERS_PER_LINE):
+        group = shown[start : start + POSTERS_PER_LINE]
+        cells = [
+            [f"![{as_text(result.clip_id)}]({image})" for result, image in group],
+            ["---"] * len(group),
+            [_caption(result) for result, _ in group],
+        ]
+        lines.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
+    if len(with_poster) > len(shown):
+        lines.append(f"… and {len(with_poster) - len(shown)} more, in the report.")
+    return lines
+
+
+def _caption(result: ClipResult) -> str:
+    name = as_text(result.clip_id)
+    url = storage.browser_url(result.video or "")
+    return f"{f'[{name}]({url})' if url else name} {result.status}"
+
+
+def _thumbnail(poster_uri: str) -> str | None:
+    """A poster as a data URI of a few kilobytes: a bucket's pictures are not to be had without its own log-in."""
+    try:
+        with Image.open(io.BytesIO(storage.read_bytes(poster_uri))) as image:
+            image.thumbnail((POSTER_WIDTH, POSTER_WIDTH))
+            data = io.BytesIO()
+            image.convert("RGB").save(data, "JPEG", quality=75)
+    except (StorageError, UnidentifiedImageError, OSError) as error:
+        logger.info("%s is not shown: %s", poster_uri, error)
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _clock(when: datetime, now: datetime) -> str:
+    return when.strftime("%H:%M UTC" if when.date() == now.date() else "%Y-%m-%d %H:%M UTC")
+
+
+@contextmanager
+def _only_logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # whatever Prefect's server says, the clips are rendered
+        logger.warning("the run's %s cannot be shown in Prefect's UI: %s", what, error)
