@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from scail.config import DEFAULT_SIZE, MAX_FRAMES, SCAIL_14B, SamplingParams
+from scail.config import DEFAULT_SIZE, MAX_FRAMES, SCAIL_14B, Profile, SamplingParams
 from scail.types import LatentShape, num_tokens
 from tasks import storage
 from tasks.figures import cost_of, duration, gpu_seconds, percentile, time_name
@@ -102,6 +102,7 @@ class _Measured(NamedTuple):
 DEFAULT_DEVICE = "NVIDIA H200"
 # bfloat16, 81 frames at 512 × 896: one forward; VAE decoding and the pose's encoding.
 MEASURED = {("SCAIL_14B", DEFAULT_DEVICE): _Measured(forward_seconds=5.93, other_seconds=2.2 + 0.4)}
+FP8_FORWARD_SECONDS = 3.97  # the same, compiled, with matrix products in float8
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,12 @@ def fit(timings: Sequence[Timing]) -> tuple[Law, tuple[float, float] | None]:
     return law, (percentile(shares, 0.1), percentile(shares, 0.9))
 
 
-def full_clip_seconds(params: SamplingParams) -> float:
+def full_clip_seconds(profile: Profile) -> float:
     """How long the longest clip at the usual size holds the device we measured on, with the 14B model."""
     measured = MEASURED[SCAIL_14B.name, DEFAULT_DEVICE]
-    return measured.law().seconds(work_of(MAX_FRAMES, DEFAULT_SIZE, _forwards_of(params)))
+    if profile.quantization == "fp8":
+        measured = measured._replace(forward_seconds=FP8_FORWARD_SECONDS)
+    return measured.law().seconds(work_of(MAX_FRAMES, DEFAULT_SIZE, _forwards_of(profile.sampling)))
 
 
 def work_of(num_frames: int, size: tuple[int, int], num_forwards: int) -> Work:

@@ -32,9 +32,12 @@ def _known_profile(name: str) -> str:
 def _profile_help() -> str:
     """Each profile with the time of one clip, as far as we have measured it."""
     choices = []
-    for name, params in PROFILES.items():
-        seconds = full_clip_seconds(params)
-        choices.append(f"**{name}**: {params.num_inference_steps} steps, about {duration(seconds)} a clip")
+    for name, profile in PROFILES.items():
+        how = [f"{profile.sampling.num_inference_steps} steps"]
+        how += ["float8" if profile.quantization == "fp8" else ""]
+        how += ["for weights with a step-distilled LoRA" if profile.step_distilled else ""]
+        how += [f"about {duration(full_clip_seconds(profile))} a clip"]
+        choices.append(f"**{name}**: {', '.join(filter(None, how))}")
     height, width = DEFAULT_SIZE
     size = f"{MAX_FRAMES} frames at {height} × {width} on an {DEFAULT_DEVICE}"  # noqa: RUF001  # a sign, for readers
     return f"Quality or speed. {'; '.join(choices)} ({size}). A row may name its own."

@@ -28,9 +28,9 @@ def test_every_field_has_a_label_and_help_and_is_drawn_as_one_thing(name):
 
 def test_the_profile_is_a_choice_with_its_expected_time():
     assert FIELDS["profile"]["enum"] == list(PROFILES)
-    for name, params in PROFILES.items():
+    for name, profile in PROFILES.items():
         assert f"**{name}**: " in FIELDS["profile"]["description"]
-        assert f"about {duration(full_clip_seconds(params))} a clip" in FIELDS["profile"]["description"]
+        assert f"about {duration(full_clip_seconds(profile))} a clip" in FIELDS["profile"]["description"]
 
 
 def test_statuses_of_rows_that_have_their_clip_cannot_be_chosen():
