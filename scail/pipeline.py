@@ -123,9 +123,12 @@ class ScailPipeline:
                 reference_pixels = preprocess.reference_pixels(reference, height, width)
                 pose_pixels = preprocess.pose_pixels(pose, height, width)
             with clock.stage("encode_text"):
-                context = encode("prompt", self.encode_prompt, prompt)
-                guided = params.guidance_scale > 1
-                negative_context = encode("negative_prompt", self.encode_prompt, negative_prompt) if guided else None
+                context = encode("prompt", self.encode_prompt, prompt, kind="text")
+                negative_context = (
+                    encode("negative_prompt", self.encode_prompt, negative_prompt, kind="text")
+                    if params.guidance_scale > 1
+                    else None
+                )
             with clock.stage("encode_image"):
                 image_embeds = encode("image", self.encode_image, reference_pixels)
                 reference_latents = encode("reference", self.encode_latents, reference_pixels)

@@ -90,7 +90,7 @@ class HttpsInput:
     def publish_bytes(self, uri: str, data: bytes, content_type: str) -> None:  # noqa: ARG002
         _refuse_to_write(uri)
 
-    def publish_file(self, path: Path, uri: str, content_type: str) -> None:  # noqa: ARG002
+    def publish_file(self, path: Path, uri: str, content_type: str) -> str:  # noqa: ARG002
         _refuse_to_write(uri)
 
     def create(self, uri: str, data: bytes, content_type: str) -> bool:  # noqa: ARG002

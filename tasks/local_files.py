@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -51,9 +50,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     _fsync_folder(path.parent)
 
 
-def copy_atomically(source: Path, path: Path) -> None:
+def copy_atomically(source: Path, path: Path) -> str:
+    """Hex md5 of what was copied."""
+    digest = hashlib.md5(usedforsecurity=False)
     with source.open("rb") as stream:
-        write_atomically(path, lambda file: shutil.copyfileobj(stream, file, 2**20))
+        write_atomically(path, partial(_copy_hashed, stream, digest))
+    return digest.hexdigest()
+
+
+def _copy_hashed(stream: BinaryIO, digest: hashlib._Hash, file: BinaryIO) -> None:
+    while block := stream.read(2**20):
+        digest.update(block)
+        file.write(block)
 
 
 def create(path: Path, data: bytes) -> bool:
@@ -175,8 +183,8 @@ class LocalStore:
     def publish_bytes(self, uri: str, data: bytes, content_type: str) -> None:  # noqa: ARG002 files have no type
         _at_the_border(uri, partial(write_atomically, self._path(uri), lambda file: file.write(data)))
 
-    def publish_file(self, path: Path, uri: str, content_type: str) -> None:  # noqa: ARG002
-        _at_the_border(uri, partial(copy_atomically, path, self._path(uri)))
+    def publish_file(self, path: Path, uri: str, content_type: str) -> str:  # noqa: ARG002
+        return _at_the_border(uri, partial(copy_atomically, path, self._path(uri)))
 
     def create(self, uri: str, data: bytes, content_type: str) -> bool:  # noqa: ARG002
         return _at_the_border(uri, partial(create, self._path(uri), data))

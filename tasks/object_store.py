@@ -115,12 +115,14 @@ class ObjectStore(ABC):
     def publish_bytes(self, uri: str, data: bytes, content_type: str) -> None:
         self._upload(uri, _Stat(len(data), _md5(data)), lambda: self._put_bytes(uri, data, content_type))
 
-    def publish_file(self, path: Path, uri: str, content_type: str) -> None:
+    def publish_file(self, path: Path, uri: str, content_type: str) -> str:
         try:
-            sent = _Stat(path.stat().st_size, local_files.md5(path))
+            num_bytes, md5 = path.stat().st_size, local_files.md5(path)
         except OSError as error:
             raise translated(error, str(path)) from error
+        sent = _Stat(num_bytes, md5)
         self._upload(uri, sent, lambda: self._put_file(uri, path, content_type, sent))
+        return md5
 
     def create(self, uri: str, data: bytes, content_type: str) -> bool:
         token = uuid.uuid4().hex

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
 import time
@@ -263,21 +262,22 @@ def publish_clip(
     start = datetime.now(UTC)
     if storage.exists(metrics_uri, policy=policy):
         storage.delete(metrics_uri, policy=policy)  # another content's, under the same clip_id: no longer whole
-    for name in (VIDEO, POSTER):
+    video_md5, _ = (
         storage.publish_file(clip_dir / name, storage.join(output_uri, folder, name), policy=policy)
+        for name in (VIDEO, POSTER)
+    )
     metrics = ClipMetrics.model_validate_json((clip_dir / METRICS).read_bytes())
     seconds = metrics.seconds | {"publish": (datetime.now(UTC) - start).total_seconds()}
     metrics = metrics.model_copy(update={"seconds": seconds, "attempts": len(attempts), "attempt_log": attempts})
     storage.publish_bytes(metrics_uri, _json(metrics), policy=policy)
-    video = (clip_dir / VIDEO).read_bytes()
     record = DoneRecord(
         key=job.key,
         clip_id=job.clip_id,
         video=f"{folder}/{VIDEO}",
         poster=f"{folder}/{POSTER}",
         metrics=f"{folder}/{METRICS}",
-        video_size=len(video),
-        video_md5=hashlib.md5(video, usedforsecurity=False).hexdigest(),
+        video_size=(clip_dir / VIDEO).stat().st_size,
+        video_md5=video_md5,
     )
     storage.publish_bytes(storage.join(output_uri, "done", f"{job.key}.json"), _json(record), policy=policy)
     return record, metrics

@@ -184,11 +184,11 @@ def test_a_transient_storage_error_is_tried_again_without_rendering_again(
     publish_file, failures, renders = storage.publish_file, [], []
     render_to_folder = render.render_to_folder
 
-    def flaky(path: Path, uri: str, **kwargs) -> None:
+    def flaky(path: Path, uri: str, **kwargs) -> str:
         if len(failures) < 2:
             failures.append(uri)
             raise storage.StorageError(f"{uri}: 503", transient=True)
-        publish_file(path, uri, **kwargs)
+        return publish_file(path, uri, **kwargs)
 
     monkeypatch.setattr(storage, "publish_file", flaky)
     monkeypatch.setattr(

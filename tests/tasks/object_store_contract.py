@@ -162,10 +162,11 @@ class ObjectStoreContract:
         video = random.Random(0).randbytes(9 * 2**20 + 7)
         (tmp_path / "video.mp4").write_bytes(video)
 
-        storage.publish_file(tmp_path / "video.mp4", f"{self.base}/video.mp4")
+        md5 = storage.publish_file(tmp_path / "video.mp4", f"{self.base}/video.mp4")
         storage.download(f"{self.base}/video.mp4", tmp_path / "back.mp4")
 
         assert (tmp_path / "back.mp4").read_bytes() == video
+        assert md5 == hashlib.md5(video, usedforsecurity=False).hexdigest()
         assert self.proxy.count(**self.media) == 10
 
     @pytest.mark.parametrize("faults", [

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import scail.video
+from scail import ScailPipeline
 from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY, SamplingParams
 from scail.encodings import EncodingCache
@@ -155,16 +156,34 @@ def test_clips_that_share_a_reference_a_pose_or_a_prompt_encode_it_once(media, c
     ]
 
 
+def test_an_empty_prompt_and_an_empty_negative_prompt_are_one_encoding(media, checkpoint, monkeypatch):
+    pipeline = load_pipeline(str(checkpoint), checkpoint_fingerprint(checkpoint), "cpu", "float32")
+    cache, encoded = EncodingCache(max_bytes=2**24), []
+    encode = ScailPipeline.encode_prompt
+    monkeypatch.setattr(ScailPipeline, "encode_prompt", lambda self, text: encoded.append(text) or encode(self, text))
+    picture, pose = np.asarray(Image.open(media / "a.png")), np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    one_step = SamplingParams(num_inference_steps=1, guidance_scale=4.0)
+
+    hits = []
+    for prompt in ("", "a dancer"):
+        cache.begin_clip()
+        pipeline(picture, pose, prompt, negative_prompt="", params=one_step, size=(HEIGHT, WIDTH), encodings=cache)
+        hits.append(cache.hits)
+
+    assert encoded == ["", "a dancer"]
+    assert hits == [[], ["negative_prompt", "image", "reference", "pose"]]  # of earlier clips, not of itself
+
+
 def test_shared_encodings_change_no_pixel(media, checkpoint):
     pipeline = load_pipeline(str(checkpoint), checkpoint_fingerprint(checkpoint), "cpu", "float32")
     reference = np.asarray(Image.open(media / "a.png"))
     pose = np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
     params, encodings = SamplingParams(num_inference_steps=2, seed=3), EncodingCache(max_bytes=2**24)
 
-    plain, first, second = (
-        pipeline(reference, pose, "hi", params=params, size=(HEIGHT, WIDTH), encodings=cache)
-        for cache in (None, encodings, encodings)
-    )
+    plain = pipeline(reference, pose, "hi", params=params, size=(HEIGHT, WIDTH))
+    first = pipeline(reference, pose, "hi", params=params, size=(HEIGHT, WIDTH), encodings=encodings)
+    encodings.begin_clip()
+    second = pipeline(reference, pose, "hi", params=params, size=(HEIGHT, WIDTH), encodings=encodings)
 
     assert len(encodings.hits) == 5
     assert torch.equal(plain.latents, first.latents)

@@ -156,12 +156,12 @@ def test_what_is_published_comes_back(base, tmp_path):
     (tmp_path / "scratch.mp4").write_bytes(b"video")
 
     storage.publish_bytes(storage.join(base, "done.json"), b"{}")
-    storage.publish_file(tmp_path / "scratch.mp4", uri)
+    md5 = storage.publish_file(tmp_path / "scratch.mp4", uri)
     storage.download(uri, tmp_path / "new folder" / "copy.mp4")
 
     assert storage.read_bytes(uri) == b"video"
     assert (storage.exists(uri), storage.size(uri)) == (True, 5)
-    assert storage.content_md5(uri) == hashlib.md5(b"video").hexdigest()
+    assert storage.content_md5(uri) == md5 == hashlib.md5(b"video").hexdigest()
     assert storage.list_files(base) == [uri, storage.join(base, "done.json")]
     assert (tmp_path / "new folder" / "copy.mp4").read_bytes() == b"video"
 
