@@ -7,7 +7,10 @@ follows what everybody has to know:
 - The last one has no outcome and is fresh: its worker is at it. Another run waits for the done record. The same run
   asks only because its scheduler took that worker for dead, and goes ahead.
 - A higher number exists: whoever holds a lower one has lost the clip, and stops at the next step.
-- Several starts in a row took their worker with them while it computed: the clip is poison, and its row fails.
+- `max_starts` starts in a row took their worker with them at the same step: the clip is poison, and its row fails.
+  A death at an earlier step than another start has reached is not held against the clip, which has been past that
+  step alive: a clip that kills does so at one place, what kills workers from outside strikes at any. After twice as
+  many deaths it is given up wherever they were.
 
 Ages are judged by the clocks of two machines; with clocks more than `claim_seconds` apart a clip may be rendered
 twice, and is then published twice, but never lost.
@@ -45,6 +48,7 @@ logger = logging.getLogger(__name__)
 PUBLISHED = "published"
 MAX_LOST = 10  # starts whose worker died, at whatever stage; most of them will have died of something else
 LOOKS_PER_CLAIM = 6  # so often a worker says that it is alive before others may think that it is not
+NEWS_PER_LOOK = 4  # at most so often it says in between how far it has come; stores take one write a second
 
 worker_closing = threading.Event()  # set when this process was told to end; clips stop at their next step
 
@@ -61,18 +65,25 @@ class OpenAttempt:
         self._policy: StoragePolicy = settings.storage_policy()
         self._interval_seconds = settings.claim_seconds / LOOKS_PER_CLAIM
         self._writing = threading.Lock()
+        self._steps = 0
         self._ended = threading.Event()
+        self._news = threading.Event()
         self._stopped_by: Exception | None = None
 
     @property
     def log(self) -> tuple[Attempt, ...]:
         """Every start of the clip, this one last, as it stands when the clip is published."""
-        return (*self.earlier, self._record.model_copy(update={"outcome": PUBLISHED, "seen_at": _now()}))
+        return (*self.earlier, self._record.model_copy(update={"outcome": PUBLISHED} | self._state()))
 
     def enter(self, stage: AttemptStage) -> None:
         """Put the stage on record before it begins: if the worker dies in it, that will have been the place."""
         self.check()
         self._write(stage=stage)
+
+    def reached(self, steps: int) -> None:
+        """So many denoising steps are behind the clip; goes on record in a moment. Costs nothing."""
+        self._steps = steps
+        self._news.set()
 
     def confirm(self) -> None:
         """Ask the store whether the clip is still ours; stop if it is not."""
@@ -105,29 +116,40 @@ class OpenAttempt:
         try:
             yield
         finally:
-            self._ended.set()
+            self._stop_pulse()
 
     def end(self, outcome: str, message: str | None = None) -> None:
         """Put the outcome on record. If that fails, the clip is not the worse for it: what counts is done/."""
-        self._ended.set()
+        self._stop_pulse()
         try:
             self._write(outcome=outcome, message=message)
         except StorageError as error:
             logger.warning("attempt %d of %s ended unrecorded: %s", self._record.number, self._key, error)
 
+    def _stop_pulse(self) -> None:
+        self._ended.set()
+        self._news.set()
+
     def _pulse(self) -> None:
-        while not self._ended.wait(self._interval_seconds):
+        while not self._ended.wait(self._interval_seconds / NEWS_PER_LOOK):
+            self._news.wait(self._interval_seconds)
+            self._news.clear()
+            if self._ended.is_set():
+                return
             try:
                 self.look()
                 self._write()
             except StorageError as error:
                 logger.warning("attempt %d of %s goes on unrecorded: %s", self._record.number, self._key, error)
 
+    def _state(self) -> dict[str, object]:
+        return {"seen_at": _now(), "steps": self._steps}
+
     def _write(self, **changes: object) -> None:
         with self._writing:
             if self._ended.is_set() and "outcome" not in changes:
                 return
-            self._record = self._record.model_copy(update={"seen_at": _now(), **changes})
+            self._record = self._record.model_copy(update=self._state() | changes)
             uri = _record_uri(self._output_uri, self._key, self._record.number)
             storage.publish_bytes(uri, self._record.model_dump_json().encode(), policy=self._policy)
 
@@ -200,10 +222,16 @@ def worker_name() -> str:
 
 def _refuse_poison(earlier: Sequence[Attempt], max_starts: int) -> None:
     deadly = list(takewhile(lambda attempt: attempt.outcome in {None, DeviceFaultError.__name__}, reversed(earlier)))
-    blamed = [attempt for attempt in deadly if attempt.stage is AttemptStage.COMPUTING]
-    if len(blamed) >= max_starts or len(deadly) >= MAX_LOST:
-        workers = ", ".join(attempt.worker for attempt in reversed(blamed or deadly))
-        raise TooManyStartsError(f"{len(blamed or deadly)} workers ended while they rendered this clip: {workers}")
+    computing = [attempt for attempt in deadly if attempt.stage is AttemptStage.COMPUTING]
+    furthest = max((attempt.steps for attempt in deadly), default=0)
+    blamed = [attempt for attempt in computing if attempt.steps == furthest]
+    if len(blamed) < max_starts and len(computing) < 2 * max_starts and len(deadly) < MAX_LOST:
+        return
+    where = ", ".join(f"{attempt.worker} ({attempt.stage}, step {attempt.steps})" for attempt in reversed(deadly))
+    raise TooManyStartsError(
+        f"{len(deadly)} workers in a row ended while they had this clip, so it is given to no other: {where}. "
+        "If something else ended them, render the row again as it is: another run counts anew."
+    )
 
 
 def _is_alive(attempt: Attempt, claim_seconds: float) -> bool:

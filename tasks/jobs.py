@@ -179,6 +179,7 @@ class Attempt(BaseModel):
         run_id: Of the flow run that asked for it.
         worker: Host and process, such as `gpu-7:4711`.
         seen_at: When the worker last said that it is alive; all times are ISO 8601, UTC.
+        steps: Denoising steps that it had behind it then.
         outcome: `published`, or the class of what was raised. None while it goes on, and for ever if its worker died.
     """
 
@@ -190,6 +191,7 @@ class Attempt(BaseModel):
     started_at: str
     seen_at: str
     stage: AttemptStage = AttemptStage.PREPARING
+    steps: int = 0
     outcome: str | None = None
     message: str | None = None
 

@@ -156,6 +156,7 @@ def compute(
 
     def on_step(done: int, total: int) -> None:
         report("denoise", done, total)
+        attempt.reached(done)
         attempt.check()
 
     encodings = load_encodings(job.checkpoint_fingerprint, settings.encoding_cache_bytes)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_a_clip_that_took_three_workers_with_it_fails_and_a_later_run_may_try_ag
     for number in (1, 2, 3):
         leave_record(output, number, silent_seconds=100)
 
-    with pytest.raises(TooManyStartsError, match=r"3 workers ended .*: host:1, host:2, host:3"), started(output):
+    with pytest.raises(TooManyStartsError, match=r"3 workers .*: host:1 \(computing, step 0\), h"), started(output):
         pass
     with pytest.raises(TooManyStartsError), started(output):
         pass  # the same run hears the same again, and no worker is risked for it
@@ -148,6 +149,46 @@ def test_workers_that_died_while_a_clip_only_waited_are_not_its_fault(output):
 
     with started(output) as attempt:
         assert attempt.log[-1].number == 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_poison"),
+    [
+        ([0, 0, 0], True),
+        ([7, 7, 7], True),
+        ([2, 7, 7], False),  # the clip has been past step 2 alive
+        ([9, 4, 2], False),
+        ([2, 7, 4, 7, 7], True),
+        ([1, 2, 3, 4, 5], False),
+        ([1, 2, 3, 4, 5, 6], True),  # at no step twice, but too many
+    ],
+)
+def test_a_dead_worker_is_not_held_against_a_clip_that_has_got_further(output, steps, is_poison):
+    for number, done in enumerate(steps, 1):
+        leave_record(output, number, silent_seconds=100, steps=done)
+
+    with pytest.raises(TooManyStartsError) if is_poison else nullcontext(), started(output):
+        pass
+
+
+def test_a_clip_that_reached_its_publication_is_not_what_killed_the_worker_while_it_rendered(output):
+    for number, stage in enumerate(["computing", "computing", "publishing", "computing"], 1):
+        leave_record(output, number, silent_seconds=100, steps=6 if stage == "publishing" else 3, stage=stage)
+
+    with started(output) as attempt:
+        assert attempt.log[-1].number == 5
+
+
+def test_the_steps_behind_a_clip_go_on_record_while_it_renders(output):
+    with started(output, claim_seconds=1.0) as attempt:
+        attempt.enter(AttemptStage.COMPUTING)
+        attempt.reached(3)
+        deadline = time.monotonic() + 5
+        while recorded(output)[0].steps != 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        during = recorded(output)[0]
+
+    assert (during.stage, during.steps, during.outcome) == (AttemptStage.COMPUTING, 3, None)
 
 
 def test_a_clip_that_breaks_one_gpu_after_the_other_is_poison_too(output):
