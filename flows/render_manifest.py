@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from tasks.forecast import Forecast
 from tasks.form import DEFAULT_OPTIONS, RenderOptions
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
 from tasks.notify import open_notifications
+from tasks.packed import PackedResults
 from tasks.plan import Plan, Rows, forecast_plan, plan_clips, plan_line, result_of
 from tasks.progress import progress_sink
 from tasks.render import render_clip, software_versions
@@ -76,7 +77,7 @@ def render_manifest(manifest: str, output: str, options: RenderOptions = DEFAULT
     logger.info("%d rows settled before; %s", len(plan.settled), forecast)
     if options.dry_run:
         return show_plan(plan, rows, forecast, manifest_uri=manifest)
-    results = [*rows.invalid, *plan.settled]
+    results = PackedResults((*rows.invalid, *plan.settled))
     progress = ProgressArtifact(flow_run.id, forecast)
     with open_notifications(
         settings, run_id=run_id, manifest_uri=manifest, output_uri=output, also=[progress]
@@ -145,19 +146,19 @@ def show_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: str) 
     return closing_state([*rows.invalid, *plan.settled], f"dry run: {plan_line(plan, rows)}; {forecast}", None)
 
 
-def closing_state(results: Sequence[ClipResult], message: str, summary: Summary | None) -> State[Summary | None]:
+def closing_state(results: Iterable[ClipResult], message: str, summary: Summary | None) -> State[Summary | None]:
     """The run's last state: failed if a row is, and then with the first reasons below the message."""
     troubles = trouble_lines(results)
     return (Failed if troubles else Completed)(message="\n".join([message, *troubles]), data=summary)
 
 
-def devices_of(results: Sequence[ClipResult]) -> str:
+def devices_of(results: Iterable[ClipResult]) -> str:
     """What the run's own clips were rendered on."""
     rendered = (result.metrics for result in results if result.metrics and result.status is ClipStatus.RENDERED)
     return ", ".join(sorted({metrics.device for metrics in rendered})) or "none"
 
 
-def publish_run(results: Sequence[ClipResult], columns: Sequence[str], run: RunInfo) -> Summary:
+def publish_run(results: Collection[ClipResult], columns: Sequence[str], run: RunInfo) -> Summary:
     """Results, failures, summary and report of a run; the mark that it is complete comes last."""
     run_dir_uri = storage.join(run.output_uri, "runs", run.run_id)
     summary = write_results(results, columns=columns, run_dir_uri=run_dir_uri, run=run)

@@ -101,7 +101,7 @@ def progress_text(status: RunStatus, forecast: Forecast) -> str:
     return "\n\n".join(lines)
 
 
-def publish_artifacts(results: Sequence[ClipResult], *, summary: Summary, report_uri: str) -> None:
+def publish_artifacts(results: Iterable[ClipResult], *, summary: Summary, report_uri: str) -> None:
     """The table, the summary and the link of a run that has ended; called by its flow."""
     manifest, output = summary.run.manifest_uri, summary.run.output_uri
     ordered = sorted(results, key=lambda result: (result.status not in NOT_DONE, result.row))

@@ -10,9 +10,10 @@ import base64
 import hashlib
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from heapq import nsmallest
 from pathlib import PurePath
 from urllib.parse import quote
 
@@ -77,7 +78,7 @@ class Card:
     bars: tuple[StageBar, ...]
 
 
-def write_report(results: Sequence[ClipResult], *, summary: Summary, run_dir_uri: str, output_uri: str) -> str:
+def write_report(results: Collection[ClipResult], *, summary: Summary, run_dir_uri: str, output_uri: str) -> str:
     """Write the run's page, and the same page as OUTPUT/report.html for the newest run.
 
     Returns:
@@ -93,7 +94,7 @@ def write_report(results: Sequence[ClipResult], *, summary: Summary, run_dir_uri
 
 
 def render_report(
-    results: Sequence[ClipResult], *, summary: Summary, page_dir_uri: str, run_dir_uri: str | None = None
+    results: Collection[ClipResult], *, summary: Summary, page_dir_uri: str, run_dir_uri: str | None = None
 ) -> str:
     """The page as HTML, with links for a page that lies in `page_dir_uri`.
 
@@ -117,7 +118,7 @@ def render_report(
             cards=cards,
             num_rows=len(results),
             troubled=troubled[:MAX_TROUBLES],
-            num_troubled=sum(result.status in _TROUBLED for result in results),
+            num_troubled=sum(summary.counts[status] for status in _TROUBLED),
             files={name: _link(storage.join(run_dir_uri or "", name), page_dir_uri) for name in names},
             time_name=time_name(summary.run.device),
             colours={stage: number % NUM_COLOURS for number, stage in enumerate(stages)},
@@ -126,10 +127,10 @@ def render_report(
     )
 
 
-def _shown(results: Sequence[ClipResult]) -> list[ClipResult]:
+def _shown(results: Iterable[ClipResult]) -> list[ClipResult]:
     """Every row in its order; of too many, those without a clip and then the first."""
-    by_need = sorted(results, key=lambda result: (result.status not in _TROUBLED, result.row))
-    return sorted(by_need[:MAX_CARDS], key=lambda result: result.row)
+    needed = nsmallest(MAX_CARDS, results, key=lambda result: (result.status not in _TROUBLED, result.row))
+    return sorted(needed, key=lambda result: result.row)
 
 
 def relative_href(uri: str, page_dir_uri: str) -> str | None:

@@ -4,8 +4,9 @@ OUTPUT/runs/<run id>/
     results.jsonl   every result whole, in the order of the rows
     results.csv     every input column untouched and in its order, then our own: status, video, seconds, cost,
                     error_class, message; one of ours that an input column is named like is called `result_…`
-    failures.csv    only if a row failed or was invalid: those rows as a manifest, references made absolute; from a
-                    local manifest these are local paths, which a manifest in a bucket may not name: render a copy
+    failures.csv    only if a row failed or was invalid: those rows as a manifest with what is wrong in the column
+                    `failed_before`, references made absolute; from a local manifest these are local paths, which a
+                    manifest in a bucket may not name: render a copy
     timings.jsonl   a sample of what the rendered clips took, from which the next forecast learns
     summary.json    counts, times, attempts, cache hits, memory, cost, versions
     report.html     written by tasks/report.py
@@ -19,7 +20,7 @@ import csv
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
@@ -30,9 +31,11 @@ from tasks.figures import cost_of, gpu_seconds, percentile
 from tasks.forecast import TIMINGS, timings_of
 from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
 from tasks.manifest import URI_COLUMNS, RowProblem, resolve_reference
+from tasks.packed import PackedResults
 
 logger = logging.getLogger(__name__)
 
+FAILED_BEFORE = "failed_before"  # of failures.csv; to the next run a column like any other
 RESULT_COLUMNS = ("status", "video", "seconds", "cost", "error_class", "message")
 SUCCESS = "_SUCCESS"
 MAX_TROUBLE_LINES = 3
@@ -89,7 +92,9 @@ class Summary(BaseModel):
     num_in_failures_csv: int = 0  # rows that can be mended and rendered again
 
 
-def write_results(results: Sequence[ClipResult], *, columns: Sequence[str], run_dir_uri: str, run: RunInfo) -> Summary:
+def write_results(
+    results: Collection[ClipResult], *, columns: Sequence[str], run_dir_uri: str, run: RunInfo
+) -> Summary:
     """Write results.jsonl, results.csv, failures.csv and summary.json of a run.
 
     Args:
@@ -101,7 +106,7 @@ def write_results(results: Sequence[ClipResult], *, columns: Sequence[str], run_
     Raises:
         StorageError: If a file cannot be written.
     """
-    ordered = sorted(results, key=lambda result: result.row)
+    ordered = results if isinstance(results, PackedResults) else PackedResults(results)
     summary = summarise(ordered, run)
     texts = {
         "results.jsonl": "".join(f"{result.model_dump_json()}\n" for result in ordered),
@@ -136,15 +141,16 @@ def invalid_results(problems: Iterable[RowProblem]) -> list[ClipResult]:
     return results
 
 
-def summarise(results: Sequence[ClipResult], run: RunInfo) -> Summary:
+def summarise(results: Iterable[ClipResult], run: RunInfo) -> Summary:
     """Counts of all rows, and measurements of those that this run rendered."""
     rendered = _rendered_metrics(results)
     totals = [metrics.total_seconds for metrics in rendered]
     on_gpu = sum(gpu_seconds(metrics.seconds) for metrics in rendered)
     stages = dict.fromkeys(stage for metrics in rendered for stage in metrics.seconds)
+    counts = Counter(result.status for result in results)
     return Summary(
         run=run,
-        counts={status: sum(result.status is status for result in results) for status in ClipStatus},
+        counts={status: counts[status] for status in ClipStatus},
         gpu_seconds=on_gpu,
         clip_seconds=_spread(totals) if totals else None,
         stage_seconds={
@@ -222,7 +228,7 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(p50=percentile(values, 0.5), p90=percentile(values, 0.9), total=sum(values))
 
 
-def _results_csv(results: Sequence[ClipResult], columns: Sequence[str], price: float | None) -> str:
+def _results_csv(results: Iterable[ClipResult], columns: Sequence[str], price: float | None) -> str:
     header = [*columns]
     for name in RESULT_COLUMNS:
         own_name = name
@@ -247,13 +253,14 @@ def _results_csv(results: Sequence[ClipResult], columns: Sequence[str], price: f
     return _csv(header, rows)
 
 
-def _failures_csv(results: Sequence[ClipResult], columns: Sequence[str], manifest_uri: str) -> str:
+def _failures_csv(results: Iterable[ClipResult], columns: Sequence[str], manifest_uri: str) -> str:
     """The rows that have no clip yet, as a manifest: mend what is wrong and render this file.
 
     A failed row keeps its clip's id, also one that was derived from its content, so that what is rendered from
     this file lies where the first run would have put it. A record whose cells could not be told apart is left out.
     """
-    header = [*columns] if "clip_id" in columns else ["clip_id", *columns]
+    header = [*(() if "clip_id" in columns else ("clip_id",)), *columns]
+    header += [FAILED_BEFORE] if FAILED_BEFORE not in columns else []
     rows = []
     for result in results:
         if not _is_mendable(result):
@@ -263,6 +270,7 @@ def _failures_csv(results: Sequence[ClipResult], columns: Sequence[str], manifes
             cells[name] = _absolute(manifest_uri, cells.get(name, ""))
         if result.status is ClipStatus.FAILED and not cells.get("clip_id", "").strip():
             cells["clip_id"] = result.clip_id
+        cells[FAILED_BEFORE] = _no_formula(f"{result.error_class}: {result.message}")
         rows.append([cells.get(name, "") for name in header])
     return _csv(header, rows)
 

@@ -193,6 +193,22 @@ def test_failures_csv_is_a_manifest_of_the_failed_rows_whose_references_still_re
     assert [request.columns["notes"] for request in again.requests] == ["x", ""]
 
 
+def test_failures_csv_says_why_and_a_row_that_fails_again_says_why_now(run_dir):
+    write_results([failed(2, "a", "=1+1 is not finite")], columns=COLUMNS, run_dir_uri=run_dir, run=run_of())
+    again = parse_manifest(storage.read_bytes(storage.join(run_dir, "failures.csv")), "gs://studio/failures.csv")
+    second_dir = storage.join(run_dir, "again")
+    row = failed(2, "a", "no such file", columns=again.requests[0].columns)
+
+    write_results([row], columns=again.columns, run_dir_uri=second_dir, run=run_of(manifest_uri=again.uri))
+
+    [before] = [request.columns["failed_before"] for request in again.requests]
+    header, cells = table(second_dir, "failures.csv")
+    assert before == "InvalidInputError: =1+1 is not finite"
+    assert header.count("failed_before") == 1
+    assert cells[header.index("failed_before")] == "InvalidInputError: no such file"
+    assert table(second_dir, "results.csv")[1][again.columns.index("failed_before")] == before  # an input, untouched
+
+
 def test_failures_csv_of_a_local_manifest_named_relatively_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -218,8 +234,9 @@ def test_invalid_rows_are_in_failures_csv_as_they_came(run_dir):
     write_results(invalid_results(manifest.problems), columns=manifest.columns, run_dir_uri=run_dir, run=run_of())
 
     header, *rows = table(run_dir, "failures.csv")
-    assert header == ["clip_id", "reference", "pose", "prompt"]
-    assert rows[0] == ["", "/etc/passwd", "gs://studio/batch/p.mp4", "x"]
+    assert header == ["clip_id", "reference", "pose", "prompt", "failed_before"]
+    assert rows[0][:4] == ["", "/etc/passwd", "gs://studio/batch/p.mp4", "x"]
+    assert rows[0][4].startswith("RowProblem: line 2, column reference")
     assert rows[1][3] == "c"
 
 
