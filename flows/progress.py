@@ -27,15 +27,22 @@ def progress_bars(console: Console) -> Iterator[None]:
     )
     by_clip: dict[str, TaskID] = {}
 
+    free: list[TaskID] = []  # bars of clips that ended; the columns keep what they drew for each bar that ever was
+
     def show(clip_id: str, stage: str, done: int, total: int) -> None:
+        if stage in STATUSES:
+            if clip_id in by_clip:
+                free.append(by_clip.pop(clip_id))
+                bars.update(free[-1], visible=False)
+            console.print(f"{stage:<9} {clip_id}", markup=False)
+            return
         if clip_id not in by_clip:
-            by_clip[clip_id] = bars.add_task(clip_id, total=None, stage=stage)
+            bar = free.pop() if free else bars.add_task(clip_id, total=None, stage=stage)
+            bars.reset(bar, total=None, visible=True, description=clip_id, stage=stage)
+            by_clip[clip_id] = bar
         bars.update(by_clip[clip_id], stage=stage)
         if total:
             bars.update(by_clip[clip_id], completed=done, total=total)
-        if stage in STATUSES:
-            bars.remove_task(by_clip.pop(clip_id))
-            console.print(f"{stage:<9} {clip_id}", markup=False)
 
     token = progress_sink.set(show)
     try:

@@ -30,13 +30,22 @@ CLIENT_TIMEOUT_SECONDS = 60
 WORKERS_TIMEOUT_SECONDS = 600.0  # until the first one is there; it may be loading the model
 SLOTS_VALID_SECONDS = 2.0
 
-# Found by killing schedulers, workers and nannies. A setting that is in the environment already stays as it is.
+# Found by killing schedulers, workers and nannies, and by watching what grows. A setting that is in the environment
+# already stays as it is. A scheduler that is started by hand wants the same: docs/batches.md.
 DASK_SETTINGS = {
     "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "50",  # a clip's own count of starts decides, not Dask's blame
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # longer than any stretch that holds the interpreter's lock
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
     "DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT": "600s",
     "DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload"]',
+    # What Dask keeps for its developers: the last 1000 messages with the tasks in them, 40 KiB a clip in the
+    # coordinator and 90 in the scheduler; an hour of samples; and a profile of the workers, a sample every 10 ms.
+    "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "20",
+    "DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "1000",
+    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__LOG_LENGTH": "20",
+    "DASK_DISTRIBUTED__DIAGNOSTICS__COMPUTATIONS__MAX_HISTORY": "1",
+    "DASK_DISTRIBUTED__DIAGNOSTICS__ERRED_TASKS__MAX_HISTORY": "1",
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
 }
 
 _ADDRESS = re.compile(r"(tcp|tls)://[^/\s]+:\d+")
@@ -86,6 +95,7 @@ def task_runner(workers: Workers, checkpoint: str) -> TaskRunner[Any]:
         from prefect.task_runners import ThreadPoolTaskRunner
 
         return cast(Any, ThreadPoolTaskRunner(max_workers=THREADS_PER_WORKER))
+    _set_up_dask()
     from prefect_dask import DaskTaskRunner
 
     client_kwargs = {"timeout": CLIENT_TIMEOUT_SECONDS}
@@ -102,6 +112,16 @@ def configured_task_runner() -> TaskRunner[Any]:
     return task_runner(parse_workers(settings.workers), settings.checkpoint)
 
 
+def _set_up_dask() -> None:
+    """Our settings for this process's client, and for the processes that it may start."""
+    import dask.config
+
+    quiet = {"DASK_LOGGING__DISTRIBUTED": "error"}  # this is a command's terminal, not a service's log
+    os.environ.update({name: value for name, value in (DASK_SETTINGS | quiet).items() if name not in os.environ})
+    dask.config.refresh()
+    logging.getLogger("distributed").setLevel(dask.config.get("logging.distributed").upper())
+
+
 @contextmanager
 def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
     """A scheduler in this process and worker processes below it, each with a GPU of its own if there are any.
@@ -112,13 +132,8 @@ def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
     gpus = visible_gpus()
     if gpus and num_processes > len(gpus):
         raise RefusedError(f"{num_processes} workers were asked for; this machine has {len(gpus)} GPUs")
-    import dask.config
     from distributed import Nanny, Scheduler, SpecCluster
 
-    quiet = {"DASK_LOGGING__DISTRIBUTED": "error"}  # this is a command's terminal, not a service's log
-    os.environ.update({name: value for name, value in (DASK_SETTINGS | quiet).items() if name not in os.environ})
-    dask.config.refresh()
-    logging.getLogger("distributed").setLevel(dask.config.get("logging.distributed").upper())
     environment = {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
     options = {"nthreads": THREADS_PER_WORKER, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
     specs = {
