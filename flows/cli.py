@@ -328,3 +328,7 @@ def _refuse(error: RefusedError) -> NoReturn:
     err.print("[red]refused[/red] ", end="")
     err.print(str(error), markup=False)
     raise typer.Exit(ExitCode.REFUSED)
+
+
+if __name__ == "__main__":
+    main()

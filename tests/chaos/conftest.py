@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tasks import object_store
 from tests.chaos.harness import Cluster
+from tests.tasks.emulators import google_server
+from tests.tasks.fault_proxy import FaultProxy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,8 +21,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+def bucket_server() -> Iterator[FaultProxy]:
+    """A server for gs:// that the workers know, and a proxy before it that can turn requests away."""
+    with google_server() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(bucket_server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """The bucket, as this process finds it too."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server.url)
+    object_store._filesystem.cache_clear()
+    bucket_server.reset()
+    yield bucket_server
+    bucket_server.reset()
+    object_store._filesystem.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory, bucket_server: FaultProxy) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), bucket_url=bucket_server.url)
     try:
         cluster.start()
         yield cluster

@@ -1,13 +1,12 @@
 """A preload for workers under test: clips that are slow, kill, hang or fail, as their prompts say.
 
-Nothing of this is in the program: here a test process changes the program's functions from outside. A file in
-CHAOS_DIR switches what concerns the machine and not one clip.
+Nothing of this is in the program: here a test process changes the program's functions from outside. What concerns
+the machine and not one clip is done to the machine, by tests/chaos/harness.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import re
 import signal
@@ -16,8 +15,6 @@ from pathlib import Path
 
 CHAOS_DIR = Path(os.environ["CHAOS_DIR"])
 LOADS = CHAOS_DIR / "loads"
-DISK_FULL = CHAOS_DIR / "disk_full"
-READ_ONLY = CHAOS_DIR / "read_only"
 
 
 def once(name: str) -> bool:
@@ -76,37 +73,5 @@ def patch_pipeline() -> None:
     ScailPipeline.from_pretrained = counted_load
 
 
-def patch_storage() -> None:
-    from tasks import storage
-
-    def refusing(write):
-        def refuse(*args, **kwargs):
-            if READ_ONLY.exists():
-                raise storage.PermissionDeniedError("the bucket is read-only: a test said so")
-            return write(*args, **kwargs)
-
-        return refuse
-
-    for name in ("publish_bytes", "publish_file", "create", "delete"):
-        setattr(storage, name, refusing(getattr(storage, name)))
-
-
-def patch_scratch() -> None:
-    import scail.video
-    from tasks import scratch
-
-    free_bytes, encode_video = scratch._free_bytes, scail.video.encode_video
-
-    def encode(*args, **kwargs):
-        if DISK_FULL.exists():
-            raise OSError(errno.ENOSPC, "No space left on device: a test said so")
-        return encode_video(*args, **kwargs)
-
-    scratch._free_bytes = lambda folder: 0 if DISK_FULL.exists() else free_bytes(folder)
-    scail.video.encode_video = encode
-
-
 def dask_setup(_worker) -> None:
     patch_pipeline()
-    patch_storage()
-    patch_scratch()

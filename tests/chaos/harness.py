@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from scail.config import SCAIL_TINY
 from scail.probe import probe_video
 from scail.video import encode_video
 from tasks.attempts import read_attempts
+from tasks.cluster import DASK_SETTINGS
 from tasks.jobs import Attempt, AttemptStage, ClipMetrics, DoneRecord
 from tasks.storage import DEFAULT_POLICY
 
@@ -33,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
 NUM_WORKERS = 2
 CLAIM_SECONDS, STAGE_LIMIT_SECONDS, WORKER_TTL_SECONDS = 4, 12, 15
+DISK_MIB, MIN_FREE_BYTES = 32, 1_000_000
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> object:
@@ -59,6 +62,20 @@ def kill_tree(process: subprocess.Popen) -> None:
                 child.kill()
     process.kill()
     process.wait()
+
+
+@cache
+def new_mount_namespace() -> tuple[str, ...] | None:
+    """A command that runs another one where it may mount, without being root if need be; None where nobody may."""
+    for command in (("unshare", "-Urm"), ("unshare", "-m")):
+        with suppress(OSError):
+            attempt = subprocess.run([*command, *_ON_A_SMALL_DISK, "/mnt", "true"], check=False, capture_output=True)
+            if attempt.returncode == 0:
+                return command
+    return None
+
+
+_ON_A_SMALL_DISK = ("sh", "-c", f'mount -t tmpfs -o size={DISK_MIB}m tmpfs "$0" && exec "$@"')
 
 
 @dataclass
@@ -102,6 +119,7 @@ class Cluster:
     root: Path
     ports: dict[str, int] = field(default_factory=lambda: {"server": free_port(), "scheduler": free_port()})
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+    bucket_url: str = ""  # of a server for gs://, if there is one
 
     @property
     def address(self) -> str:
@@ -120,12 +138,14 @@ class Cluster:
         return self.root / "chaos"
 
     @property
+    def scratch_dir(self) -> Path:
+        return self.root / "scratch"
+
+    @property
     def environment(self) -> dict[str, str]:
         preloads = ["tests.chaos.faults", "tasks.preload", "tasks.announce"]
-        return os.environ | {
+        own = {
             "CHAOS_DIR": str(self.chaos_dir),
-            "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "50",
-            "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
             "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": f"{WORKER_TTL_SECONDS}s",
             "DASK_DISTRIBUTED__WORKER__PRELOAD": json.dumps(preloads),
             "DO_NOT_TRACK": "1",
@@ -136,13 +156,16 @@ class Cluster:
             "PYTHONPATH": str(ROOT),
             "SCAIL_CHECKPOINT": str(self.checkpoint),
             "SCAIL_CLAIM_SECONDS": str(CLAIM_SECONDS),
-            "SCAIL_MIN_FREE_SCRATCH_BYTES": "1000000",
-            "SCAIL_SCRATCH_DIR": str(self.root / "scratch"),
+            "SCAIL_MIN_FREE_SCRATCH_BYTES": str(MIN_FREE_BYTES),
+            "SCAIL_SCRATCH_DIR": str(self.scratch_dir),
             "SCAIL_STAGE_LIMIT_SECONDS": str(STAGE_LIMIT_SECONDS),
+            **({"STORAGE_EMULATOR_HOST": self.bucket_url} if self.bucket_url else {}),
         }
+        return os.environ | DASK_SETTINGS | own
 
     def start(self) -> None:
         self.chaos_dir.mkdir(parents=True, exist_ok=True)
+        self.scratch_dir.mkdir()
         write_random_checkpoint(self.checkpoint, SCAIL_TINY, seed=0)
         self.start_server()
         self.start_scheduler()
@@ -165,7 +188,9 @@ class Cluster:
         )
 
     def start_worker(self, number: int) -> None:
-        self._spawn(f"worker-{number}", "tests.chaos.command", "worker", self.address)
+        """Each with a scratch disk of its own, so small that it can be filled, where the machine lets us mount one."""
+        disk = (*new_mount_namespace(), *_ON_A_SMALL_DISK, str(self.scratch_dir)) if new_mount_namespace() else ()
+        self._spawn(f"worker-{number}", "flows.cli", "worker", self.address, prefix=disk)
 
     def kill(self, name: str) -> None:
         process = self.processes.pop(name)
@@ -196,15 +221,31 @@ class Cluster:
         loads = self.chaos_dir / "loads"
         return len(loads.read_text().splitlines()) if loads.exists() else 0
 
-    def switch(self, name: str, *, on: bool) -> None:
-        (self.chaos_dir / name).touch() if on else (self.chaos_dir / name).unlink(missing_ok=True)
+    def fill_disks(self) -> None:
+        """Not one byte is left on any worker's scratch disk."""
+        for filler in self._fillers():
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**16))
+            with suppress(OSError), filler.open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(1))
+
+    def empty_disks(self) -> None:
+        for filler in self._fillers():
+            filler.unlink(missing_ok=True)
+
+    def _fillers(self) -> list[Path]:
+        """A file on each worker's disk, which other processes see only through the worker's own."""
+        pids = [process.pid for name, process in self.processes.items() if name.startswith("worker-")]
+        return [Path(f"/proc/{pid}/root{self.scratch_dir}/filler") for pid in pids]
 
     def render(
-        self, manifest: Path, output: Path, *options: object, name: str = "run", workers: str | None = None
+        self, manifest: Path, output: Path | str, *options: object, name: str = "run", workers: str | None = None
     ) -> Run:
         log = manifest.parent / f"{name}.log"
         arguments = ["render", manifest, "--output", output, "--checkpoint", self.checkpoint, *options]
-        command = [sys.executable, "-m", "tests.chaos.command", *map(str, arguments)]
+        command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
         command += ["--workers", workers or self.address]
         with log.open("w") as file:
             process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=file, stderr=file)
@@ -220,10 +261,10 @@ class Cluster:
             runs = json.load(answer)
         return next(found for found in runs if found["parameters"]["manifest"] == str(run.manifest))["state"]["type"]
 
-    def _spawn(self, name: str, module: str, *arguments: object) -> None:
+    def _spawn(self, name: str, module: str, *arguments: object, prefix: tuple[str, ...] = ()) -> None:
         with (self.root / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
+                [*prefix, sys.executable, "-m", module, *map(str, arguments)],
                 env=self.environment,
                 cwd=ROOT,
                 stdout=log,

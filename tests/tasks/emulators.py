@@ -25,15 +25,22 @@ BUCKET = "clips"
 
 @contextmanager
 def google_emulator() -> Iterator[FaultProxy]:
+    """fake-gcs-server, where this process finds it."""
+    with google_server() as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        yield proxy
+
+
+@contextmanager
+def google_server() -> Iterator[FaultProxy]:
     """fake-gcs-server with its memory backend."""
-    with _proxy() as proxy, pytest.MonkeyPatch.context() as patch:
+    with _proxy() as proxy:
         port = _free_port()
         command = [str(_google_binary()), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
         command += ["-port", str(port), "-external-url", proxy.url, "-public-host", proxy.url.removeprefix("http://")]
         with _server(command, f"http://127.0.0.1:{port}/storage/v1/b") as process:
             proxy.upstream = f"http://127.0.0.1:{port}"
             _request("POST", f"{proxy.upstream}/storage/v1/b?project=test", b'{"name": "%s"}' % BUCKET.encode())
-            patch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
             yield proxy
             assert process.poll() is None, "the emulator died"
 
