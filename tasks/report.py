@@ -239,6 +239,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration, "moment": _moment, "script_hash": _script_hash}
+    environment.filters |= {"redact": storage.redact, "file_name": lambda uri: storage.name(storage.redact(uri))}
     return environment
 
 

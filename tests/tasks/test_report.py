@@ -346,6 +346,28 @@ def test_the_filter_shows_the_rows_of_one_status(browser, run):
     assert browser.run(visible) == ["clip-3"]
 
 
+def test_all_clips_are_shown_side_by_side_and_only_what_is_in_sight_is_fetched(browser, run):
+    _, _, output = run
+    last = "[...document.querySelectorAll('.compare video')].at(-1)"
+    num_open = "[...document.querySelectorAll('.compare')].filter((compare) => compare.open).length"
+    browser.open((output / "report.html").as_uri(), height=300)
+
+    browser.run("document.querySelector('#side-by-side').click()")
+    num_opened, out_of_sight = browser.run(num_open), browser.run(f"{last}.preload")
+    browser.run(f"{last}.scrollIntoView()")
+    browser.run(
+        f"""new Promise((done) => {{
+            const look = () => {last}.preload === "metadata" ? done() : setTimeout(look, 20);
+            look();
+        }})"""
+    )
+    browser.run("document.querySelector('#side-by-side').click()")
+
+    assert num_opened == browser.run("document.querySelectorAll('.compare').length") > 1
+    assert out_of_sight == "none"
+    assert browser.run(num_open) == 0
+
+
 def test_an_input_that_is_gone_is_said_to_be_and_not_shown_broken(browser, tmp_path):
     columns = {"reference": str(tmp_path / "gone.png"), "pose": str(tmp_path / "gone.mp4")}
     results = [failed(2, "a", columns=columns)]
