@@ -14,7 +14,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -144,7 +144,7 @@ def parse_manifest(data: bytes, uri: str) -> Manifest:
         table = read_table(data, known_columns(), _check_distinct)
         _check_required(table.columns)
     except ManifestError as error:
-        raise ManifestError(f"{storage.redact(uri)}: {error}") from error
+        raise ManifestError(f"{storage.redact(uri)}: line {error.line}: {error}", line=error.line) from error
     header_problems = _near_misses(table.columns)
     requests, problems = _check_records(table.records, uri)
     return Manifest(
@@ -223,7 +223,7 @@ def _check_distinct(names: Sequence[str]) -> None:
             raise ManifestError(f"a column is named twice: `{right}` and `{shortened(name)}` mean the same")
 
 
-def _check_required(columns: Iterable[str]) -> None:
+def _check_required(columns: Mapping[str, int]) -> None:
     names = list(columns)
     absent = [name for name in ("reference", "pose") if name not in names]
     if "driving" in names and absent == ["pose"]:
@@ -233,7 +233,7 @@ def _check_required(columns: Iterable[str]) -> None:
         for name in absent:
             close = [other for other in names if other not in known_columns() and _is_near(other, name, cutoff=0.6)]
             message += f". Is `{shortened(close[0])}` meant to be `{name}`?" if close else ""
-        raise ManifestError(message)
+        raise ManifestError(message, line=min(columns.values()))
 
 
 def _near_misses(columns: dict[str, int]) -> tuple[RowProblem, ...]:

@@ -41,7 +41,14 @@ _SIGNATURES = {
 
 
 class ManifestError(Exception):
-    """The manifest as a whole cannot be used; the message says what it looks like and what was expected."""
+    """The manifest as a whole cannot be used; the message says what it looks like and what was expected.
+
+    `line` is where that shows.
+    """
+
+    def __init__(self, message: str, *, line: int = 1) -> None:
+        super().__init__(message)
+        self.line = line
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def _decode(data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ManifestError(
-            f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
+            f"is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8", line=line
         ) from error
     if not text.strip():
         raise ManifestError("is empty, expected a header with at least the columns `reference` and `pose`")
@@ -163,10 +170,9 @@ def _read_csv(text: str, known_names: Iterable[str], check_columns: Callable[[Se
         reader = csv.reader(_lines(text), delimiter=_delimiter(text, known_names), strict=True)
         names = next((cells for cells in reader if _is_filled(cells)), [])
     except csv.Error as error:
-        raise ManifestError(f"the header is not CSV: {error}") from error
-    _check_names(names)
-    check_columns(names)
-    header_row = reader.line_num
+        raise ManifestError(f"the header is not CSV: {error}", line=max(1, reader.line_num)) from error
+    header_row = max(1, reader.line_num)
+    _check_header(names, check_columns, header_row)
     records: list[Record] = []
     while True:
         row = reader.line_num + 1
@@ -182,7 +188,7 @@ def _read_csv(text: str, known_names: Iterable[str], check_columns: Callable[[Se
             records.append(_csv_record(row, cells, names))
         _check_count(records)
     if not records:
-        raise ManifestError("has a header and no rows")
+        raise ManifestError("has a header and no rows", line=header_row)
     return Table(dict.fromkeys(names, header_row), records)
 
 
@@ -227,19 +233,19 @@ def _read_jsonl(text: str, check_columns: Callable[[Sequence[str]], None]) -> Ta
         if not line.strip():
             continue
         if not records and line.strip() == "{":
-            raise ManifestError("looks like JSON over several lines, expected JSONL: one whole object on each line")
+            message = "looks like JSON over several lines, expected JSONL: one whole object on each line"
+            raise ManifestError(message, line=row)
         record = _json_record(row, line)
         records.append(record)
         for name in record.cells:
             columns.setdefault(name, row)
         _check_count(records)
         if len(columns) > MAX_COLUMNS:
-            raise ManifestError(f"line {row}: has more than {MAX_COLUMNS:,} columns")
+            raise ManifestError(f"has more than {MAX_COLUMNS:,} columns", line=row)
     if not columns:
         first = records[0]
-        raise ManifestError(f"line {first.row}: {first.findings[0].message}" if first.findings else "names no columns")
-    _check_names(list(columns))
-    check_columns(list(columns))
+        raise ManifestError(first.findings[0].message if first.findings else "names no columns", line=first.row)
+    _check_header(list(columns), check_columns, min(columns.values()))
     records = [record for record in records if record.findings or _is_filled(record.cells.values())]
     if not records:
         raise ManifestError("has no row with anything in it")
@@ -290,7 +296,15 @@ def _encodable(text: str) -> str:
 
 def _check_count(records: Sequence[Record]) -> None:
     if len(records) > MAX_ROWS:
-        raise ManifestError(f"has more than {MAX_ROWS:,} rows: split it")
+        raise ManifestError(f"has more than {MAX_ROWS:,} rows: split it", line=records[-1].row)
+
+
+def _check_header(names: Sequence[str], check_columns: Callable[[Sequence[str]], None], line: int) -> None:
+    try:
+        _check_names(names)
+        check_columns(names)
+    except ManifestError as error:
+        raise ManifestError(str(error), line=line) from error
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -66,7 +66,7 @@ def patch_pipeline() -> None:
 
     def counted_load(*args, **kwargs):
         with LOADS.open("a") as file:
-            file.write(f"{os.getpid()}\n")
+            file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
         return load(*args, **kwargs)
 
     ScailPipeline.__call__ = misbehaving_call

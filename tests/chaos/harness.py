@@ -218,8 +218,13 @@ class Cluster:
             return []
 
     def model_loads(self) -> int:
+        return len(self.gpu_of_each_load())
+
+    def gpu_of_each_load(self) -> dict[int, str]:
+        """Which GPU each process that has loaded the model was given, in the order in which they did."""
         loads = self.chaos_dir / "loads"
-        return len(loads.read_text().splitlines()) if loads.exists() else 0
+        lines = loads.read_text().splitlines() if loads.exists() else []
+        return {int(pid): gpu for pid, _, gpu in (line.partition(" ") for line in lines)}
 
     def fill_disks(self) -> None:
         """Not one byte is left on any worker's scratch disk."""
@@ -325,6 +330,16 @@ def num_computed(output: Path) -> int:
     """Starts that came as far as a GPU, of all clips together."""
     every = [attempt for attempts in attempts_of(output).values() for attempt in attempts]
     return sum(attempt.stage is not AttemptStage.PREPARING for attempt in every)
+
+
+def workers_with_a_neighbour(output: Path) -> set[str]:
+    """Workers that have one clip on their GPU and another one in preparation or waiting for its turn."""
+    last = [attempts[-1] for attempts in attempts_of(output).values() if attempts and attempts[-1].outcome is None]
+    on_gpu, preparing = (
+        {attempt.worker for attempt in last if attempt.stage is stage}
+        for stage in (AttemptStage.COMPUTING, AttemptStage.PREPARING)
+    )
+    return on_gpu & preparing
 
 
 def wait_for_computing(run: Run) -> psutil.Process:

@@ -29,6 +29,7 @@ from tests.chaos.harness import (
     stop_signal,
     wait_for_computing,
     wait_until,
+    workers_with_a_neighbour,
     write_clips,
 )
 from tests.tasks.emulators import BUCKET
@@ -59,12 +60,21 @@ def test_two_manifests_on_two_workers_load_the_model_twice(cluster, tmp_path):
     assert (loads, cluster.model_loads()) == (NUM_WORKERS, NUM_WORKERS)
 
 
-def test_processes_of_this_machine_render_and_one_that_dies_is_replaced(cluster, tmp_path):
-    run = cluster.render(write_clips(tmp_path, [SLOW] * 4), tmp_path / "out", workers="2")
-    wait_for_computing(run).kill()
+def test_processes_of_this_machine_have_a_gpu_each_prepare_beside_it_and_are_replaced(cluster, tmp_path, monkeypatch):
+    before = cluster.gpu_of_each_load()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7,GPU-9")  # neither is here: the clips are rendered on the CPU
+    run = cluster.render(write_clips(tmp_path, [SLOW] * 6), tmp_path / "out", workers="2")
+    killed = wait_for_computing(run)
+    wait_until(partial(workers_with_a_neighbour, run.output), "one clip is on a GPU and the next one waits for it")
+    killed.kill()
 
-    assert_all_rendered(cluster, run, 4)
-    assert num_computed(run.output) <= 5
+    assert_all_rendered(cluster, run, 6)
+    assert num_computed(run.output) <= 7
+    (first, first_gpu), (second, second_gpu), (_, gpu_of_new) = [
+        load for load in cluster.gpu_of_each_load().items() if load[0] not in before
+    ]
+    assert sorted((first_gpu, second_gpu)) == ["GPU-7", "GPU-9"]
+    assert gpu_of_new == {first: first_gpu, second: second_gpu}[killed.pid]
 
 
 def test_a_worker_killed_mid_clip_costs_one_clip(cluster, tmp_path):

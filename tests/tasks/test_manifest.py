@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import time
 
 import pytest
@@ -270,7 +271,7 @@ def test_a_driving_video_needs_a_pose_beside_it_in_this_version():
         (b"reference,pose,,\nr,p,,\n", "a column has no name (column 3, 4 of the header)"),
         (b'"reference,pose\nr,p\n', "the header is not CSV"),
         (b'reference,pose,"a\nb"\nr,p,x\n', "line break"),
-        (b"reference,pose\nr,caf\xe9\n", "line 2 is not UTF-8 (byte 0xe9)"),
+        (b"reference,pose\nr,caf\xe9\n", "line 2: is not UTF-8 (byte 0xe9)"),
         ("reference,pose\nr,p\n".encode("utf-16"), "UTF-16"),
         ("reference,pose\nr,p\n".encode("utf-16-le"), "UTF-16"),
         (b"PK\x03\x04\x14\x00\x06\x00", "XLSX"),
@@ -290,8 +291,25 @@ def test_a_file_that_is_no_manifest_is_refused_with_what_it_looks_like(data, say
     with pytest.raises(ManifestError) as refusal:
         parse(data)
 
-    assert str(refusal.value).startswith(f"{URI}: ")
+    assert re.match(re.escape(URI) + r": line \d+: ", str(refusal.value))
     assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"\n\nreference,pose,pose\nr,p,p\n", 3),
+        (b"\nposes,prompt\np,x\n", 2),
+        (b'{"reference": "r", "pose": "p"}\n{"": 1}\n', 1),
+        (b"reference,pose\n\n\nr,\xff\n", 4),
+        (b"reference,pose\n" + b"r,p\n" * (MAX_ROWS + 1), MAX_ROWS + 2),
+    ],
+)
+def test_what_is_wrong_with_a_whole_file_has_a_line_too(data, line):
+    with pytest.raises(ManifestError, match=f": line {line}: ") as refusal:
+        parse(data)
+
+    assert refusal.value.line == line
 
 
 def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(monkeypatch):
@@ -549,9 +567,9 @@ def test_whatever_comes_is_read_or_explained_with_a_line(sound, mutation):
         try:
             manifest = parse(bytes(data))
         except ManifestError as error:
-            refusal = str(error).removeprefix(f"{URI}: ")
+            refusal = str(error)
         if manifest is None:
-            assert refusal, data
+            assert re.match(re.escape(URI) + r": line \d+: .", refusal), data
             continue
 
         last_line = data.count(b"\n") + data.count(b"\r") + 1
