@@ -104,7 +104,7 @@ def render(
     _prepare_prefect(verbose=verbose)
     from flows.progress import progress_bars
     from flows.render_manifest import render_manifest, report_uri
-    from tasks.results import Summary, closing_line
+    from tasks.results import Summary, closing_line, quality_line
 
     on_workers = render_manifest.with_options(task_runner=cluster.task_runner(where, model.path))
     try:
@@ -120,6 +120,8 @@ def render(
         raise typer.Exit(ExitCode.SOME_FAILED)
     if not isinstance(result, Summary):
         raise result if isinstance(result, BaseException) else RuntimeError(state.message)
+    if line := quality_line(result):
+        out.print(line, markup=False)
     out.print(closing_line(result, report_uri(result.run)), markup=False)
     raise typer.Exit(ExitCode.OK if state.is_completed() else ExitCode.SOME_FAILED)
 

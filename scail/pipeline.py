@@ -109,7 +109,7 @@ class ScailPipeline:
         Raises:
             InvalidInputError: Before anything slow runs, if sizes, types or frame counts do not fit.
             OutOfMemoryError: If the device has too little memory.
-            GenerationError: If the latents are not finite.
+            GenerationError: If latents or pixels are not finite.
         """
         _check_pictures(reference, pose)
         height, width = size or target_size(*reference.shape[:2])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scail.errors import GenerationError
 from scail.geometry import cover_size
 
 FRAMES_PER_CHUNK = 16  # bounds the float copy of the pose video while it is resized
@@ -63,7 +64,13 @@ def halve_pose(cropped: Tensor) -> Tensor:
 
 
 def to_frames(pixels: Tensor) -> NDArray[np.uint8]:
-    """Decoded pixels (1, 3, F, H, W) as uint8 (F, H, W, 3); truncated, not rounded, as officially written."""
+    """Decoded pixels (1, 3, F, H, W) as uint8 (F, H, W, 3); truncated, not rounded, as officially written.
+
+    Raises:
+        GenerationError: If a pixel is no number; as a level it would be black.
+    """
+    if not torch.isfinite(pixels).all():
+        raise GenerationError(f"{int((~torch.isfinite(pixels)).sum())} decoded values are not finite.")
     levels = ((pixels[0].float() + 1) / 2).clamp(0, 1) * 255
     frames: NDArray[np.uint8] = levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return frames

@@ -70,6 +70,10 @@ class OpenAttempt:
         self._news = threading.Event()
         self._stopped_by: Exception | None = None
 
+    def follows(self, kind: type[Exception]) -> bool:
+        """Whether the last start of this clip ended with such an error."""
+        return bool(self.earlier) and self.earlier[-1].outcome == kind.__name__
+
     @property
     def log(self) -> tuple[Attempt, ...]:
         """Every start of the clip, this one last, as it stands when the clip is published."""

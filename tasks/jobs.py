@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from scail.config import DEFAULT_PROFILE, NUMERICS_VERSION, PROFILES, SIZE_MULTIPLE, SamplingParams
+from scail.quality import Finding, QualityNumbers, Verdict
 
 CLIP_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -196,6 +197,21 @@ class Attempt(BaseModel):
     message: str | None = None
 
 
+class ClipQuality(BaseModel):
+    """What was measured of a clip's pictures, and what is beyond a limit that was in force when it was rendered."""
+
+    model_config = _Frozen
+
+    verdict: Verdict
+    numbers: QualityNumbers
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """`flicker 5.1, above 3; identity 0.4, below 0.65`."""
+        return "; ".join(map(str, self.findings))
+
+
 class ClipMetrics(BaseModel):
     """A clip's metrics.json: what was rendered, with what, and where the time went."""
 
@@ -224,6 +240,7 @@ class ClipMetrics(BaseModel):
     cache_hits: tuple[str, ...] = ()  # encodings that an earlier clip on the same worker had computed
     device: str
     attention: str = "sdpa"  # the backend that computed the transformer's softmaxes
+    quality: ClipQuality | None = None  # None: rendered by a version that did not measure it
     checkpoint_fingerprint: str
     versions: dict[str, str]
     finished_at: str  # ISO 8601, UTC
@@ -248,6 +265,15 @@ class ClipResult(BaseModel):
     error_class: str | None = None
     message: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def quality(self) -> ClipQuality | None:
+        return self.metrics.quality if self.metrics else None
+
+    @property
+    def is_to_review(self) -> bool:
+        """Whether there is a clip, and something about its pictures is beyond a limit."""
+        return self.quality is not None and self.quality.verdict is not Verdict.OK
 
     def failed_by(self, error: BaseException) -> ClipResult:
         """This row, failed with what was raised."""

@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from scail.errors import OutOfMemoryError
+from scail.errors import GenerationError, OutOfMemoryError
 from scail.ffmpeg_process import ffmpeg_version, find_ffmpeg
 from tasks import errors, storage
 from tasks.attempts import OpenAttempt, open_attempt
 from tasks.inputs import ClipInputs, decode_inputs, fetch_inputs
-from tasks.jobs import Attempt, AttemptStage, ClipJob, ClipMetrics, ClipResult, ClipStatus, DoneRecord
+from tasks.jobs import Attempt, AttemptStage, ClipJob, ClipMetrics, ClipQuality, ClipResult, ClipStatus, DoneRecord
 from tasks.plan import find_done, result_of
 from tasks.progress import progress_sink
 from tasks.resident import load_encodings, load_pipeline, release_memory
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from scail import ScailOutput, ScailPipeline
+    from scail.quality import QualityLimits
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +126,18 @@ def render_to_folder(
         attempt.enter(AttemptStage.COMPUTING)
         with limit():
             output, cache_hits = compute(pipeline, job, inputs, attempt, report, settings=settings)
+            likeness = identity_of(pipeline, inputs, output)
     seconds |= output.seconds
+    with limit(), cpu_stage("quality", report, seconds):
+        quality = quality_of(output, inputs, likeness, settings.quality.limits())
     with limit(), cpu_stage("encode_mp4", report, seconds):
         encode_video(clip_dir / VIDEO, output.frames, fps=inputs.fps, metadata=provenance(job), ffmpeg=settings.ffmpeg)
         write_poster(clip_dir / POSTER, output.frames[len(output.frames) // 2])
-    metrics = clip_metrics(job, inputs, output, seconds=seconds, cache_hits=cache_hits, pipeline=pipeline)
+    metrics = clip_metrics(
+        job, inputs, output, seconds=seconds, cache_hits=cache_hits, pipeline=pipeline, quality=quality
+    )
+    if attempt.follows(GenerationError):
+        metrics = metrics.model_copy(update={"attention": "sdpa"})
     (clip_dir / METRICS).write_bytes(_json(metrics))
 
 
@@ -152,7 +160,10 @@ def compute(
     *,
     settings: Settings,
 ) -> tuple[ScailOutput, tuple[str, ...]]:
-    """The rendered clip, and which encodings it shared with earlier ones."""
+    """The rendered clip, and which encodings it shared with earlier ones.
+
+    A clip that came out black, or was no number, is rendered by the plainest code: a kernel may have failed in silence.
+    """
 
     def on_step(done: int, total: int) -> None:
         report("denoise", done, total)
@@ -161,7 +172,8 @@ def compute(
 
     encodings = load_encodings(job.checkpoint_fingerprint, settings.encoding_cache_bytes)
     encodings.begin_clip()
-    with errors.device_faults_named():
+    plainly = pipeline.transformer.plainly() if attempt.follows(GenerationError) else nullcontext()
+    with errors.device_faults_named(), plainly:
         output = pipeline(
             inputs.reference,
             inputs.pose,
@@ -173,6 +185,37 @@ def compute(
             encodings=encodings,
         )
     return output, tuple(encodings.hits)
+
+
+def identity_of(pipeline: ScailPipeline, inputs: ClipInputs, output: ScailOutput) -> float:
+    """While the clip still has the GPU: it asks the image encoder about a few frames."""
+    from scail.identity import identity
+
+    with errors.device_faults_named():
+        return identity(pipeline, inputs.reference, output.frames)
+
+
+def quality_of(output: ScailOutput, inputs: ClipInputs, likeness: float, limits: QualityLimits) -> ClipQuality:
+    """The clip's numbers and verdict.
+
+    Raises:
+        GenerationError: If there is nothing to see: it is rendered once more.
+    """
+    from scail.quality import judge, measure
+
+    numbers = measure(
+        output.frames,
+        inputs.reference,
+        inputs.pose,
+        fps=inputs.fps,
+        latents=output.latents.numpy(),
+        identity=likeness,
+    )
+    verdict, findings = judge(numbers, limits)
+    quality = ClipQuality(verdict=verdict, numbers=numbers, findings=findings)
+    if any(finding.is_fatal for finding in findings):
+        raise GenerationError(f"there is nothing to see: {quality.note}")
+    return quality
 
 
 def reporter(job: ClipJob) -> Report:
@@ -218,6 +261,7 @@ def clip_metrics(
     seconds: dict[str, float],
     cache_hits: tuple[str, ...],
     pipeline: ScailPipeline,
+    quality: ClipQuality,
 ) -> ClipMetrics:
     """Everything that is known about a clip once its video is encoded."""
     import torch
@@ -247,6 +291,7 @@ def clip_metrics(
         cache_hits=cache_hits,
         device=torch.cuda.get_device_name(pipeline.device) if on_gpu else f"{platform.machine()} CPU",
         attention=pipeline.attention,
+        quality=quality,
         checkpoint_fingerprint=job.checkpoint_fingerprint,
         versions=software_versions(),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

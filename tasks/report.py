@@ -11,7 +11,7 @@ import hashlib
 import os
 import posixpath
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from heapq import nsmallest
 from pathlib import PurePath
@@ -76,6 +76,7 @@ class Card:
     reference: Link | None
     pose: Link | None
     bars: tuple[StageBar, ...]
+    quality: dict[str, str]  # numbers as they are read, by name
 
 
 def write_report(results: Collection[ClipResult], *, summary: Summary, run_dir_uri: str, output_uri: str) -> str:
@@ -108,7 +109,9 @@ def render_report(
     stages = list(dict.fromkeys([*summary.stage_seconds, *(stage for r in shown for stage in _seconds(r))]))
     cards = [_card(result, stages, summary.run.manifest_uri, page_dir_uri) for result in shown]
     troubled = [card for card in cards if card.result.status in _TROUBLED]
-    names = [*_FILES, *(["failures.csv"] if summary.num_in_failures_csv else [])] if run_dir_uri else []
+    to_review = [card for card in cards if card.result.is_to_review]
+    optional = {"failures.csv": summary.num_in_failures_csv, "review.csv": summary.num_in_review_csv}
+    names = [*_FILES, *(name for name, count in optional.items() if count)] if run_dir_uri else []
     return (
         _environment()
         .get_template("report.html.j2")
@@ -119,6 +122,7 @@ def render_report(
             num_rows=len(results),
             troubled=troubled[:MAX_TROUBLES],
             num_troubled=sum(summary.counts[status] for status in _TROUBLED),
+            to_review=to_review[:MAX_TROUBLES],
             files={name: _link(storage.join(run_dir_uri or "", name), page_dir_uri) for name in names},
             time_name=time_name(summary.run.device),
             colours={stage: number % NUM_COLOURS for number, stage in enumerate(stages)},
@@ -128,8 +132,10 @@ def render_report(
 
 
 def _shown(results: Iterable[ClipResult]) -> list[ClipResult]:
-    """Every row in its order; of too many, those without a clip and then the first."""
-    needed = nsmallest(MAX_CARDS, results, key=lambda result: (result.status not in _TROUBLED, result.row))
+    """Every row in its order; of too many, those without a clip, those to look at, and then the first."""
+    needed = nsmallest(
+        MAX_CARDS, results, key=lambda result: (result.status not in _TROUBLED, not result.is_to_review, result.row)
+    )
     return sorted(needed, key=lambda result: result.row)
 
 
@@ -165,6 +171,7 @@ def _card(result: ClipResult, stages: Sequence[str], manifest_uri: str, page_dir
         reference=_link(_input_uri(result, "reference", manifest_uri), page_dir_uri),
         pose=_link(_input_uri(result, "pose", manifest_uri), page_dir_uri),
         bars=bars,
+        quality=_quality(metrics) if metrics else {},
     )
 
 
@@ -228,6 +235,12 @@ def _details(result: ClipResult) -> dict[str, str]:
             "finished": metrics.finished_at,
         }
     return details
+
+
+def _quality(metrics: ClipMetrics) -> dict[str, str]:
+    """What was measured of the pictures; what could not be is left out."""
+    numbers = asdict(metrics.quality.numbers) if metrics.quality else {}
+    return {name.replace("_", " "): f"{value:.3g}" for name, value in numbers.items() if value is not None}
 
 
 def _environment() -> Environment:

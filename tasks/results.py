@@ -3,7 +3,10 @@
 OUTPUT/runs/<run id>/
     results.jsonl   every result whole, in the order of the rows
     results.csv     every input column untouched and in its order, then our own: status, video, seconds, cost,
-                    error_class, message; one of ours that an input column is named like is called `result_…`
+                    quality, quality_findings, error_class, message; one of ours that an input column is named like is
+                    called `result_…`
+    review.csv      only if the quality of a clip is beyond a limit: those rows as a manifest, with the seeds that were
+                    used and what was found; a clip of another seed is another clip
     failures.csv    only if a row failed or was invalid: those rows as a manifest with what is wrong in the column
                     `failed_before`, references made absolute; from a local manifest these are local paths, which a
                     manifest in a bucket may not name: render a copy
@@ -26,6 +29,7 @@ from itertools import groupby
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from scail.errors import InvalidInputError
+from scail.quality import Verdict
 from tasks import storage
 from tasks.figures import cost_of, gpu_seconds, percentile
 from tasks.forecast import TIMINGS, timings_of
@@ -36,7 +40,7 @@ from tasks.packed import PackedResults
 logger = logging.getLogger(__name__)
 
 FAILED_BEFORE = "failed_before"  # of failures.csv; to the next run a column like any other
-RESULT_COLUMNS = ("status", "video", "seconds", "cost", "error_class", "message")
+RESULT_COLUMNS = ("status", "video", "seconds", "cost", "quality", "quality_findings", "error_class", "message")
 SUCCESS = "_SUCCESS"
 MAX_TROUBLE_LINES = 3
 WORKER_DIED = "WorkerDied"  # what an attempt is counted as that has no outcome
@@ -90,6 +94,8 @@ class Summary(BaseModel):
     attempts: dict[str, int] = {}  # by how they ended: `published`, the class of an error, or the worker's death
     cache_hits: dict[str, int] = {}  # encodings that an earlier clip on the same worker had computed, by name
     num_in_failures_csv: int = 0  # rows that can be mended and rendered again
+    quality: dict[Verdict, int] = {}  # of every clip that is there, also of those rendered before; all three verdicts
+    num_in_review_csv: int = 0  # rows whose clip somebody should look at
 
 
 def write_results(
@@ -115,6 +121,8 @@ def write_results(
     }
     if summary.num_in_failures_csv:
         texts["failures.csv"] = _failures_csv(ordered, columns, run.manifest_uri)
+    if summary.num_in_review_csv:
+        texts["review.csv"] = _review_csv(ordered, columns, run.manifest_uri)
     if timings := timings_of(_rendered_metrics(ordered)):
         texts[TIMINGS] = "".join(f"{timing.model_dump_json()}\n" for timing in timings)
     for name, text in texts.items():
@@ -163,6 +171,8 @@ def summarise(results: Iterable[ClipResult], run: RunInfo) -> Summary:
         attempts=_attempts(results, rendered),
         cache_hits=dict(Counter(hit for metrics in rendered for hit in metrics.cache_hits)),
         num_in_failures_csv=sum(map(_is_mendable, results)),
+        quality=dict.fromkeys(Verdict, 0) | Counter(result.quality.verdict for result in results if result.quality),
+        num_in_review_csv=sum(result.is_to_review for result in results),
     )
 
 
@@ -184,6 +194,13 @@ def trouble_lines(results: Iterable[ClipResult]) -> list[str]:
     return [*lines, f"and {len(troubled) - len(lines)} more"] if len(troubled) > len(lines) else lines
 
 
+def quality_line(summary: Summary) -> str | None:
+    """`quality: 9 ok, 2 needs_review, 1 failed_quality`, or None if there is nothing to look at."""
+    if not summary.num_in_review_csv:
+        return None
+    return "quality: " + ", ".join(f"{count} {verdict}" for verdict, count in summary.quality.items())
+
+
 def mark_success(run_dir_uri: str) -> None:
     """Write `_SUCCESS`: whoever waits for it finds everything else.
 
@@ -193,7 +210,9 @@ def mark_success(run_dir_uri: str) -> None:
         NotFoundError: If a file of the run is not there; then nothing is written.
     """
     summary = Summary.model_validate_json(storage.read_bytes(storage.join(run_dir_uri, "summary.json")))
-    names = ["results.jsonl", "results.csv", "report.html", *(["failures.csv"] if summary.num_in_failures_csv else [])]
+    names = ["results.jsonl", "results.csv", "report.html"]
+    names += ["failures.csv"] if summary.num_in_failures_csv else []
+    names += ["review.csv"] if summary.num_in_review_csv else []
     missing = [name for name in names if not storage.exists(storage.join(run_dir_uri, name))]
     if missing:
         raise storage.NotFoundError(f"{run_dir_uri} has no {', '.join(missing)}: the run is not complete")
@@ -246,6 +265,8 @@ def _results_csv(results: Iterable[ClipResult], columns: Sequence[str], price: f
             result.video or "",
             "" if seconds is None else f"{seconds:.3f}",
             "" if cost is None else f"{cost:.4f}",
+            str(result.quality.verdict) if result.quality else "",
+            result.quality.note if result.quality else "",
             _no_formula(result.error_class or ""),
             _no_formula(result.message or ""),
         )
@@ -259,20 +280,43 @@ def _failures_csv(results: Iterable[ClipResult], columns: Sequence[str], manifes
     A failed row keeps its clip's id, also one that was derived from its content, so that what is rendered from
     this file lies where the first run would have put it. A record whose cells could not be told apart is left out.
     """
-    header = [*(() if "clip_id" in columns else ("clip_id",)), *columns]
-    header += [FAILED_BEFORE] if FAILED_BEFORE not in columns else []
     rows = []
     for result in results:
-        if not _is_mendable(result):
-            continue
-        cells = dict(result.columns)
-        for name in URI_COLUMNS:
-            cells[name] = _absolute(manifest_uri, cells.get(name, ""))
-        if result.status is ClipStatus.FAILED and not cells.get("clip_id", "").strip():
-            cells["clip_id"] = result.clip_id
-        cells[FAILED_BEFORE] = _no_formula(f"{result.error_class}: {result.message}")
-        rows.append([cells.get(name, "") for name in header])
-    return _csv(header, rows)
+        if _is_mendable(result):
+            cells = _absolute_cells(result, manifest_uri)
+            if result.status is not ClipStatus.FAILED and not result.columns.get("clip_id", "").strip():
+                cells["clip_id"] = ""
+            cells[FAILED_BEFORE] = _no_formula(f"{result.error_class}: {result.message}")
+            rows.append(cells)
+    return _manifest(rows, columns, before=("clip_id",), after=(FAILED_BEFORE,))
+
+
+def _review_csv(results: Iterable[ClipResult], columns: Sequence[str], manifest_uri: str) -> str:
+    """The rows whose clip is beyond a limit, as a manifest: change a seed, or whatever it may be, and render it."""
+    rows = []
+    for result in results:
+        if result.is_to_review and result.metrics and result.quality:
+            own = {"seed": str(result.metrics.params.seed), "quality_findings": result.quality.note}
+            rows.append(_absolute_cells(result, manifest_uri) | own)
+    return _manifest(rows, columns, before=("clip_id", "seed"), after=("quality_findings",))
+
+
+def _absolute_cells(result: ClipResult, manifest_uri: str) -> dict[str, str]:
+    """A row's cells for a manifest that lies elsewhere, with the clip's id."""
+    cells = dict(result.columns)
+    for name in URI_COLUMNS:
+        cells[name] = _absolute(manifest_uri, cells.get(name, ""))
+    cells["clip_id"] = cells.get("clip_id", "").strip() or result.clip_id
+    return cells
+
+
+def _manifest(
+    rows: Iterable[dict[str, str]], columns: Sequence[str], *, before: Sequence[str], after: Sequence[str]
+) -> str:
+    """Rows under the manifest's own columns, and under those of ours that it does not have."""
+    first, last = ([name for name in ours if name not in columns] for ours in (before, after))
+    header = [*first, *columns, *last]
+    return _csv(header, ([row.get(name, "") for name in header] for row in rows))
 
 
 def _absolute(manifest_uri: str, cell: str) -> str:

@@ -4,13 +4,53 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from scail.config import DEFAULT_PROFILE
+from scail.quality import Limit, QualityLimits
 from tasks.storage import StoragePolicy
+
+
+def _read_limit(value: Any) -> Any:
+    """`2,8` as people write it in an environment."""
+    if not isinstance(value, str):
+        return value
+    numbers = [float(part) for part in value.split(",")]
+    if len(numbers) != 2:
+        raise ValueError("expected two numbers with a comma between them: from where on to review, and to fail")
+    return Limit(*numbers)
+
+
+LIMITS = QualityLimits()
+
+QualityLimit = Annotated[Limit, NoDecode, BeforeValidator(_read_limit)]
+
+
+class QualitySettings(BaseSettings):
+    """The limits of a clip's quality, such as `SCAIL_QUALITY_FLICKER=2,8`: beyond the first number somebody should
+    look at the clip, beyond the second it is of no use. What each measures: `scail/quality.py`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SCAIL_QUALITY_", frozen=True)
+
+    nonfinite_percent: QualityLimit = LIMITS.nonfinite_percent
+    black_percent: QualityLimit = LIMITS.black_percent
+    frozen_percent: QualityLimit = LIMITS.frozen_percent
+    flicker: QualityLimit = LIMITS.flicker
+    clipped_percent: QualityLimit = LIMITS.clipped_percent
+    saturation_shift: QualityLimit = LIMITS.saturation_shift
+    colour_drift: QualityLimit = LIMITS.colour_drift
+    join_jump: QualityLimit = LIMITS.join_jump
+    sharpness: QualityLimit = LIMITS.sharpness
+    grain: QualityLimit = LIMITS.grain
+    identity: QualityLimit = LIMITS.identity
+    motion_agreement: QualityLimit = LIMITS.motion_agreement
+
+    def limits(self) -> QualityLimits:
+        return QualityLimits(**{name: getattr(self, name) for name in type(self).model_fields})
 
 
 class Settings(BaseSettings):
@@ -43,6 +83,7 @@ class Settings(BaseSettings):
     planning_threads: int = Field(16, ge=1, description="Input files hashed side by side while planning.")
     webhook_url: str | None = Field(None, pattern="^https?://", description="Told of a run's start, clips and end.")
     webhook_secret: SecretStr | None = Field(None, description="Signs what the webhook is told; unsigned if absent.")
+    quality: QualitySettings = Field(default_factory=QualitySettings, description="Limits of a clip's quality.")
 
     def storage_policy(self) -> StoragePolicy:
         return StoragePolicy(

@@ -305,6 +305,11 @@ def _one(film: Film, index: int) -> Film:
     return Film(*(values[index : index + 1] for values in film))
 
 
+def true_frames(item: ClipInput) -> Frames:
+    """The truth as a clip, (T, H, W, 3)."""
+    return _levels(item.truth.pixels[0])
+
+
 def _levels(pixels: Tensor) -> Frames:
     frames: Frames = ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     return frames

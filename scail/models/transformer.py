@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -28,6 +29,8 @@ from scail.memory import ensure_on
 from scail.models.attention import BACKENDS, CROSS_ATTENTION, Attention, sdpa
 from scail.models.rope import RotaryTable, rotary_table
 from scail.types import Conditioning
+
+_FUSED = ("attend", "finish")  # a block's methods that `compile_blocks` replaces
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,22 @@ class ScailTransformer(nn.Module):
     def compile_blocks(self) -> None:
         """Let the compiler fuse what the blocks do between their matrix products; the first clip waits for it."""
         for block in self.transformer_blocks():
-            block.attend = torch.compile(block.attend, fullgraph=True)  # type: ignore[method-assign]
-            block.finish = torch.compile(block.finish, fullgraph=True)  # type: ignore[method-assign]
+            for name in _FUSED:
+                setattr(block, name, torch.compile(getattr(block, name), fullgraph=True))
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Inside, no kernel but PyTorch's own and nothing compiled; the weights stay as they are, quantised or not."""
+        blocks = list(self.transformer_blocks())
+        backends = [(block.self_attn.attend, block.cross_attn.attend) for block in blocks]
+        compiled = [{name: block.__dict__.pop(name) for name in _FUSED if name in block.__dict__} for block in blocks]
+        self.use_attention("sdpa")
+        try:
+            yield
+        finally:
+            for block, (own, cross), methods in zip(blocks, backends, compiled, strict=True):
+                block.self_attn.attend, block.cross_attn.attend = own, cross
+                block.__dict__.update(methods)
 
     def _unpatchify(self, tokens: Tensor, f: int, h: int, w: int) -> Tensor:
         """Latents (B, 16, f, h, w) of video tokens (B, f·h·w / 4, 64)."""

@@ -21,14 +21,17 @@ from scail import ScailPipeline
 from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY, SamplingParams
 from scail.encodings import EncodingCache
+from scail.errors import GenerationError
 from scail.fingerprint import checkpoint_fingerprint
+from scail.models.attention import sdpa
 from scail.probe import probe_video
+from scail.quality import Verdict
 from scail.types import ScailOutput
 from scail.video import encode_video
 from tasks import render
 from tasks.errors import DeviceFaultError, ScratchFullError
 from tasks.inputs import ClipInputs
-from tasks.jobs import AttemptStage, ClipJob, ClipRequest, ClipStatus
+from tasks.jobs import AttemptStage, ClipJob, ClipMetrics, ClipRequest, ClipStatus
 from tasks.render import render_clip
 from tasks.resident import load_encodings, load_pipeline
 
@@ -121,6 +124,7 @@ def recorder(media, monkeypatch) -> Recorder:
     monkeypatch.setattr(render, "fetch_inputs", fetch)
     monkeypatch.setattr(render, "decode_inputs", decode)
     monkeypatch.setattr(render, "load_pipeline", lambda *_args: Pipeline())
+    monkeypatch.setattr(render, "identity_of", lambda *_args: 1.0)
     monkeypatch.setattr(scail.video, "encode_video", encode)
     return recorder
 
@@ -273,3 +277,42 @@ def test_metrics_tell_every_attempt(recorder, media, tmp_path, monkeypatch):
     assert metrics.attempts == 2
     assert [attempt.outcome for attempt in metrics.attempt_log] == ["ScratchFullError", "published"]
     assert metrics.attempt_log[-1].stage is AttemptStage.PUBLISHING
+
+
+def test_a_black_clip_is_rendered_once_more_by_the_plainest_code(media, checkpoint, tmp_path, monkeypatch):
+    fingerprint = checkpoint_fingerprint(checkpoint)
+    pipeline = load_pipeline(str(checkpoint), fingerprint, "auto", "auto", False)
+    block = next(pipeline.transformer.transformer_blocks())
+    broken, kernels = (lambda query, _key, _value: torch.zeros_like(query)), []
+    block.self_attn.attend = broken  # a kernel that fails in silence
+    decode = type(pipeline).decode
+
+    def black_by_the_broken_kernel(self, latents):
+        kernels.append(block.self_attn.attend)
+        return decode(self, latents) * (block.self_attn.attend is not broken)
+
+    monkeypatch.setattr(type(pipeline), "decode", black_by_the_broken_kernel)
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+
+    with pytest.raises(GenerationError, match="there is nothing to see: black percent 100, above 50"):
+        task(job(media, 1, fingerprint=fingerprint))
+    result = task(job(media, 1, fingerprint=fingerprint))
+
+    assert kernels == [broken, sdpa]
+    assert block.self_attn.attend is broken  # the next clip is not slower for it
+    assert [attempt.outcome for attempt in result.metrics.attempt_log] == ["GenerationError", "published"]
+    assert result.metrics.attention == "sdpa"
+
+
+def test_a_clip_of_noise_is_published_and_to_be_looked_at(media, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCAIL_QUALITY_GRAIN", "-2,-1")
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+
+    result = task(job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint)))
+
+    assert result.status is ClipStatus.RENDERED
+    assert result.is_to_review
+    assert result.quality.verdict is Verdict.FAILED_QUALITY
+    assert ("grain", -1.0) in {(finding.name, finding.bound) for finding in result.quality.findings}
+    assert result.quality.numbers.identity is not None
+    assert ClipMetrics.model_validate_json(result.metrics.model_dump_json()) == result.metrics

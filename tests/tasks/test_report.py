@@ -15,7 +15,7 @@ from tasks.figures import duration
 from tasks.jobs import ClipResult, ClipStatus
 from tasks.report import MAX_CARDS, relative_href, render_report, write_report
 from tasks.results import summarise, write_results
-from tests.tasks.test_results import COLUMNS, failed, rendered, run_of
+from tests.tasks.test_results import COLUMNS, failed, rendered, run_of, with_quality
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\"'&{{ 7 * 7 }}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -409,3 +409,17 @@ def test_hostile_text_runs_nothing_in_a_browser(browser, tmp_path):
 
     assert browser.run("typeof window.pwned") == "undefined"
     assert browser.run("document.querySelectorAll('.card').length") == 2
+
+
+def test_a_clip_beyond_a_limit_carries_its_verdict_the_number_and_the_bound():
+    results = [
+        with_quality(rendered(2, "jumpy"), flicker=4.0, identity=0.9),
+        with_quality(rendered(3, "good"), flicker=0),
+    ]
+
+    page = Page(render_report(results, summary=summarise(results, run_of()), page_dir_uri="gs://studio/out"))
+
+    badges = [attrs["title"] for _, attrs in page.tags if "pill needs_review" in (attrs.get("class") or "")]
+    assert badges == ["flicker 4, above 2"]
+    assert "Worth a look" in page.text
+    assert "identity" in page.text

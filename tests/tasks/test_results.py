@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from scail.config import SamplingParams
+from scail.quality import QualityLimits, QualityNumbers, Verdict, judge
 from tasks import storage
 from tasks.forecast import Timing
-from tasks.jobs import Attempt, AttemptStage, ClipMetrics, ClipResult, ClipStatus
+from tasks.jobs import Attempt, AttemptStage, ClipMetrics, ClipQuality, ClipResult, ClipStatus
 from tasks.manifest import parse_manifest, read_manifest
 from tasks.results import (
     RunInfo,
@@ -17,6 +18,7 @@ from tasks.results import (
     closing_line,
     invalid_results,
     mark_success,
+    quality_line,
     summarise,
     write_results,
 )
@@ -117,7 +119,7 @@ def test_results_csv_keeps_every_input_cell_untouched_and_in_order(run_dir):
     header, row = table(run_dir, "results.csv")
     assert header[:4] == ["pose", "notes", "reference", "prompt"]
     assert row[:4] == ["p.mp4", "=SUM(A1)", "r.png", 'two\r\nlines, "quoted"']
-    assert header[4:] == ["status", "video", "seconds", "cost", "error_class", "message"]
+    assert header[4:] == ["status", "video", "seconds", "cost", "quality", "quality_findings", "error_class", "message"]
     assert row[4:7] == ["rendered", f"gs://studio/out/clips/{request.clip_id}/video.mp4", "45.000"]
 
 
@@ -379,3 +381,42 @@ def test_success_is_marked_when_everything_is_there(run_dir):
     mark_success(run_dir)
 
     assert storage.exists(storage.join(run_dir, "_SUCCESS"))
+
+
+def with_quality(result, **numbers):
+    verdict, findings = judge(QualityNumbers(**numbers), QualityLimits())
+    quality = ClipQuality(verdict=verdict, numbers=QualityNumbers(**numbers), findings=findings)
+    return result.model_copy(update={"metrics": result.metrics.model_copy(update={"quality": quality})})
+
+
+def test_a_clip_beyond_a_limit_is_rendered_and_listed_for_review_with_its_seed(run_dir):
+    results = [
+        with_quality(rendered(2, "good"), flicker=0.5),
+        with_quality(rendered(3, "jumpy"), flicker=4.0, grain=0.5),
+        with_quality(rendered(4, "noise"), grain=20.0),
+        rendered(5, "unknown"),
+        failed(6, "lost"),
+    ]
+
+    summary = write_results(results, columns=COLUMNS, run_dir_uri=run_dir, run=run_of())
+
+    assert summary.quality == {Verdict.OK: 1, Verdict.NEEDS_REVIEW: 1, Verdict.FAILED_QUALITY: 1}
+    assert quality_line(summary) == "quality: 1 ok, 1 needs_review, 1 failed_quality"
+    header, *rows = table(run_dir, "results.csv")
+    assert [row[header.index("status")] for row in rows] == ["rendered"] * 4 + ["failed"]
+    assert [row[header.index("quality")] for row in rows] == ["ok", "needs_review", "failed_quality", "", ""]
+    assert rows[1][header.index("quality_findings")] == "flicker 4, above 2"
+    review = read_manifest(storage.join(run_dir, "review.csv"))
+    assert not review.problems
+    assert [(request.clip_id, request.seed) for request in review.requests] == [("jumpy", 7), ("noise", 7)]
+    assert review.requests[0].reference == "gs://studio/batch/refs/a.png"
+    assert review.requests[0].columns["quality_findings"] == "flicker 4, above 2"
+
+
+def test_without_anything_to_review_there_is_no_list_for_it(run_dir):
+    summary = write_results(
+        [with_quality(rendered(2, "good"), flicker=0.5)], columns=COLUMNS, run_dir_uri=run_dir, run=run_of()
+    )
+
+    assert quality_line(summary) is None
+    assert not storage.exists(storage.join(run_dir, "review.csv"))
