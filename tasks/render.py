@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -170,9 +170,12 @@ def compute(
         attempt.reached(done)
         attempt.check()
 
+    plainly: AbstractContextManager[None] = nullcontext()
+    if attempt.follows(GenerationError):
+        plainly = pipeline.transformer.plainly()
+        load_encodings.cache_clear()  # they may be what was wrong
     encodings = load_encodings(job.checkpoint_fingerprint, settings.encoding_cache_bytes)
     encodings.begin_clip()
-    plainly = pipeline.transformer.plainly() if attempt.follows(GenerationError) else nullcontext()
     with errors.device_faults_named(), plainly:
         output = pipeline(
             inputs.reference,

@@ -76,6 +76,7 @@ def test_metrics_say_what_was_rendered_and_where_the_time_went(write_manifest, m
         "encode_pose",
         "denoise",
         "decode_latents",
+        "quality",
         "encode_mp4",
         "publish",
     ]
