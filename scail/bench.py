@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from scail.checkpoint import on_meta
 from scail.config import EXACT, ModelConfig, RuntimeConfig, SamplingParams, TransformerConfig
+from scail.memory import Placement
 from scail.mini.motion import joints_of_motion
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
@@ -28,6 +29,7 @@ from scail.models.vae import VideoVae
 from scail.pipeline import ScailPipeline, prepare_transformer
 from scail.pose.render import render_pose
 from scail.pose.skeleton import PoseSequence
+from scail.quantization import quantize_blocks
 from scail.types import LatentShape, num_tokens
 
 
@@ -69,6 +71,7 @@ def bench_clip(
         "clip": {"num_frames": num_frames, "height": height, "width": width, **asdict(params)},
         "num_tokens": num_tokens(config.transformer, shape),
         "attention": pipeline.attention,
+        "memory": pipeline.memory,
         "runtime": asdict(runtime),
         "seconds": output.seconds,
         "first_clip_extra_seconds": sum(outputs[0].seconds.values()) - sum(output.seconds.values()),
@@ -107,12 +110,28 @@ def random_pipeline(
 ) -> ScailPipeline:
     """A pipeline of the given sizes whose weights are drawn on the device; deterministic for each kind of device."""
     transformer = _randomised(lambda: ScailTransformer(config.transformer), device, dtype)
+    if runtime.quantization != "none":
+        quantize_blocks(transformer, runtime.quantization)
+    vae = _randomised(lambda: VideoVae.from_config(config.vae), device, dtype)
+    text_encoder = _randomised(lambda: TextEncoder.from_config(config.text_encoder), device, dtype)
+    image_encoder = _randomised(lambda: ImageEncoder.from_config(config.image_encoder), device, dtype)
+    placement = Placement(
+        transformer,
+        vae=vae,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        device=device,
+        policy=runtime.memory,
+    )
+    placement.pin()
     return ScailPipeline(
         transformer=transformer,
         attention=prepare_transformer(transformer, device, dtype, runtime),
-        vae=_randomised(lambda: VideoVae.from_config(config.vae), device, dtype),
-        text_encoder=_randomised(lambda: TextEncoder.from_config(config.text_encoder), device, dtype),
-        image_encoder=_randomised(lambda: ImageEncoder.from_config(config.image_encoder), device, dtype),
+        vae=vae,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        quantization=runtime.quantization,
+        placement=placement,
         tokenizer=FixedTokens(config.text_encoder.max_length, config.text_encoder.vocab_size),
         device=device,
         dtype=dtype,

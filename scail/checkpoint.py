@@ -7,7 +7,7 @@ What the folder holds is in `scail.fingerprint`, which needs no torch; how it is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,29 +18,87 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from scail.config import ModelConfig
+from scail.config import EXACT, LoraFile, ModelConfig, Quantization, RuntimeConfig
 from scail.errors import CheckpointError, InvalidInputError
 from scail.fingerprint import (
     IMAGE_ENCODER,
+    MODEL_INDEX,
     TEXT_ENCODER,
     TOKENIZER,
     TRANSFORMER,
     VAE,
     Component,
+    TensorHeader,
     component_headers,
     read_model_config,
+    read_quantization,
     record_hashes,
     some,
     write_model_config,
 )
+from scail.loading import DTYPES, fill
+from scail.memory import Placement, place_bare
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import PromptTokenizer, TextEncoder
 from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
+from scail.quantization import WEIGHT_DTYPES, quantize_blocks
+from scail.weights import WeightChanges, refuse_changes_of_quantized
 
 MAX_SHARD_BYTES = 1024**3
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A model's four networks, and who put their weights where they are."""
+
+    transformer: ScailTransformer
+    vae: VideoVae
+    text_encoder: TextEncoder
+    image_encoder: ImageEncoder
+    placement: Placement
+    quantization: Quantization
+
+
+def load_networks(
+    checkpoint_dir: Path, *, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig = EXACT
+) -> Networks:
+    """All four networks, each weight where `runtime.memory` has it, LoRAs fused and layers quantised on the way.
+
+    Raises:
+        CheckpointError: If a file or a tensor is missing, extra, misshapen or damaged, or a LoRA does not fit.
+        InvalidInputError: If the checkpoint is quantised and another arithmetic, or a LoRA, is asked for.
+    """
+    bare = _Bare.of(checkpoint_dir, dtype, runtime.quantization, runtime.loras)
+    others = (bare_vae(checkpoint_dir, dtype), bare_text_encoder(checkpoint_dir, dtype))
+    vae, text_encoder, image_encoder = *others, bare_image_encoder(checkpoint_dir, dtype)
+    by_component: tuple[tuple[nn.Module, Component], ...] = (
+        (vae.model, VAE),
+        (text_encoder, TEXT_ENCODER),
+        (image_encoder, IMAGE_ENCODER),
+    )
+
+    def read() -> None:
+        load_weights(bare.transformer, checkpoint_dir, TRANSFORMER, device=device, bare=bare)
+        for module, component in by_component:
+            load_weights(module, checkpoint_dir, component, device=device)
+
+    if device.type == "cpu":
+        read()  # mapped, and copied only if they are to wait
+    placement = Placement(
+        bare.transformer,
+        vae=vae,
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        device=device,
+        policy=runtime.memory,
+    )
+    if device.type != "cpu":
+        read()
+    placement.pin()
+    return Networks(bare.transformer, vae, text_encoder, image_encoder, placement, bare.quantization)
 
 
 def load_transformer(checkpoint_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> ScailTransformer:
@@ -49,28 +107,74 @@ def load_transformer(checkpoint_dir: Path, *, device: torch.device | str, dtype:
     Raises:
         CheckpointError: As do the other loaders, if a file or a tensor is missing, extra, misshapen or damaged.
     """
-    config = read_model_config(checkpoint_dir).transformer
-    transformer = on_meta(lambda: ScailTransformer(config))
-    return load_weights(transformer, checkpoint_dir, TRANSFORMER, device=device, dtype=dtype)
+    bare = _Bare.of(checkpoint_dir, dtype, "none", ())
+    return load_weights(bare.transformer, checkpoint_dir, TRANSFORMER, device=torch.device(device), bare=bare)
 
 
 def load_vae(checkpoint_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> VideoVae:
-    config = read_model_config(checkpoint_dir).vae
-    vae = on_meta(lambda: VideoVae.from_config(config))
-    load_weights(vae.model, checkpoint_dir, VAE, device=device, dtype=dtype)
+    vae = bare_vae(checkpoint_dir, dtype)
+    load_weights(vae.model, checkpoint_dir, VAE, device=torch.device(device))
     return vae
 
 
 def load_text_encoder(checkpoint_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    config = read_model_config(checkpoint_dir).text_encoder
-    text_encoder = on_meta(lambda: TextEncoder.from_config(config))
-    return load_weights(text_encoder, checkpoint_dir, TEXT_ENCODER, device=device, dtype=dtype)
+    return load_weights(
+        bare_text_encoder(checkpoint_dir, dtype), checkpoint_dir, TEXT_ENCODER, device=torch.device(device)
+    )
 
 
 def load_image_encoder(checkpoint_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> ImageEncoder:
+    return load_weights(
+        bare_image_encoder(checkpoint_dir, dtype), checkpoint_dir, IMAGE_ENCODER, device=torch.device(device)
+    )
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """A transformer without memory for its weights, and how those of a folder become its own.
+
+    Attributes:
+        transformer: On the meta device, quantised if it is to be.
+        file_shapes: What the folder's files have to hold.
+        changes: On the way from the files.
+        quantization: Of the result.
+    """
+
+    transformer: ScailTransformer
+    file_shapes: dict[str, tuple[int, ...]]
+    changes: WeightChanges
+    quantization: Quantization
+
+    @classmethod
+    def of(
+        cls, checkpoint_dir: Path, dtype: torch.dtype, quantization: Quantization, loras: Sequence[LoraFile]
+    ) -> _Bare:
+        config, stored = read_model_config(checkpoint_dir).transformer, read_quantization(checkpoint_dir)
+        refuse_changes_of_quantized(loras, stored, quantization)
+        transformer = on_meta(lambda: ScailTransformer(config)).to(dtype)
+        shapes = shapes_of(transformer)
+        changes = WeightChanges()
+        if stored == "none":
+            changes = WeightChanges.of(loras, quantization, config=config, shapes=shapes)
+        result = quantization if stored == "none" else stored
+        if result != "none":
+            quantize_blocks(transformer, result)
+        return cls(transformer, shapes if stored == "none" else shapes_of(transformer), changes, result)
+
+
+def bare_vae(checkpoint_dir: Path, dtype: torch.dtype) -> VideoVae:
+    config = read_model_config(checkpoint_dir).vae
+    return on_meta(lambda: VideoVae.from_config(config)).to(dtype)
+
+
+def bare_text_encoder(checkpoint_dir: Path, dtype: torch.dtype) -> TextEncoder:
+    config = read_model_config(checkpoint_dir).text_encoder
+    return on_meta(lambda: TextEncoder.from_config(config)).to(dtype)
+
+
+def bare_image_encoder(checkpoint_dir: Path, dtype: torch.dtype) -> ImageEncoder:
     config = read_model_config(checkpoint_dir).image_encoder
-    image_encoder = on_meta(lambda: ImageEncoder.from_config(config))
-    return load_weights(image_encoder, checkpoint_dir, IMAGE_ENCODER, device=device, dtype=dtype)
+    return on_meta(lambda: ImageEncoder.from_config(config)).to(dtype)
 
 
 def load_tokenizer(checkpoint_dir: Path) -> PromptTokenizer:
@@ -91,12 +195,12 @@ def on_meta(build: Callable[[], Network]) -> Network:
 
 
 def load_weights(
-    module: Network, checkpoint_dir: Path, component: Component, *, device: torch.device | str, dtype: torch.dtype
+    module: Network, checkpoint_dir: Path, component: Component, *, device: torch.device, bare: _Bare | None = None
 ) -> Network:
-    """Give `module`, which was built on the meta device, the weights of one component.
+    """Give `module`, whose tensors tell the dtypes, the weights of one component.
 
     Keys and shapes are compared by the files' headers first, so that the wrong files cost no time. On the CPU and in
-    the dtype of the files the weights stay memory-mapped.
+    the dtype of the files the weights stay memory-mapped. Tensors that have a place already are filled there.
 
     Returns:
         `module`, on `device`.
@@ -105,17 +209,42 @@ def load_weights(
         CheckpointError: If a file or a tensor is missing, extra, misshapen or damaged.
     """
     files = component_headers(checkpoint_dir, component)
-    found = {key: entry.shape for header in files.values() for key, entry in header.items()}
-    compare_shapes(found, shapes_of(module), where=str(checkpoint_dir / component.folder))
-    state: dict[str, Tensor] = {}
+    where = str(checkpoint_dir / component.folder)
+    changes = bare.changes if bare else WeightChanges()
+    found = {key: entry for header in files.values() for key, entry in header.items()}
+    expected = bare.file_shapes if bare else shapes_of(module)
+    compare_shapes({key: entry.shape for key, entry in found.items()}, expected, where=where)
+    targets = module.state_dict()
+    _refuse_other_rounding(found, targets, changes, where=where)
+    if device.type == "cpu":
+        module.load_state_dict(dict(_mapped_tensors(files, targets, changes)), strict=True, assign=True)
+        return module
+    place_bare(module, device)
+    fill(module.state_dict(), files, device=device, changes=changes)
+    return module
+
+
+def _mapped_tensors(
+    files: Iterable[Path], targets: Mapping[str, Tensor], changes: WeightChanges
+) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                state |= {key: file.get_tensor(key).to(device=device, dtype=dtype) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    for name, tensor in changes.apply(key, file.get_tensor(key)).items():
+                        yield name, tensor.to(targets[name].dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.to(device)
+
+
+def _refuse_other_rounding(
+    found: Mapping[str, TensorHeader], targets: Mapping[str, Tensor], changes: WeightChanges, *, where: str
+) -> None:
+    """A weight of one byte a number means nothing without the scale it was rounded with."""
+    for key, header in found.items():
+        wanted = targets[key].dtype
+        if not changes.touch(key) and wanted in WEIGHT_DTYPES.values() and DTYPES.get(header.dtype) != wanted:
+            raise CheckpointError(f"{where}: {key} is {header.dtype}; by {MODEL_INDEX} it should be {wanted}.")
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Quantization = Literal["none", "fp8", "int8"]
+PlacementPolicy = Literal["resident", "balanced", "low"]
+MemoryPolicy = Literal["auto", "resident", "balanced", "low"]
+POLICIES: tuple[PlacementPolicy, ...] = ("resident", "balanced", "low")  # each needs less of the device than the last
 
 # Part of every clip's content key. Raise it when a change to the code changes pixels at equal inputs.
 NUMERICS_VERSION = 1
@@ -159,6 +162,26 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """A LoRA to be fused into the transformer's weights."""
+
+    path: str
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraFile:
+        """`FILE:STRENGTH`, or `FILE` alone for a strength of 1."""
+        path, colon, strength = text.strip().rpartition(":")
+        try:
+            return cls(path, float(strength)) if colon else cls(text.strip())
+        except ValueError:
+            return cls(text.strip())
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.strength:g}"
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """How a model is run on its device. The defaults change no number beyond the rounding of the dtype.
 
@@ -167,11 +190,16 @@ class RuntimeConfig:
         quantization: `fp8` computes the blocks' matrix products in float8 (Hopper, Ada), `int8` in whole numbers
             (Ampere too). A checkpoint that is quantised already stays as it is.
         compiled: Fuse what lies between the matrix products; the first clip of a process waits for the compiler.
+        memory: How much of the model stays on the device, see `scail.memory`; it changes no number. `auto` takes the
+            fastest policy for which the device has room.
+        loras: Fused into the weights while they are loaded, before they are quantised.
     """
 
     attention: str | None = None
     quantization: Quantization = "none"
     compiled: bool = False
+    memory: MemoryPolicy = "auto"
+    loras: tuple[LoraFile, ...] = ()
 
 
 EXACT = RuntimeConfig()

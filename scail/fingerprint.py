@@ -18,11 +18,12 @@ import contextlib
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
-from scail.config import ImageEncoderConfig, ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from scail.config import ImageEncoderConfig, ModelConfig, Quantization, TextEncoderConfig, TransformerConfig, VaeConfig
 from scail.errors import CheckpointError
 
 MODEL_INDEX = "model_index.json"
@@ -60,6 +61,7 @@ class TensorHeader:
     dtype: str  # as safetensors writes it: BF16, F32, …
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int = 0  # of its first byte in the file
 
 
 def read_model_config(checkpoint_dir: Path) -> ModelConfig:
@@ -89,8 +91,42 @@ def read_notice(checkpoint_dir: Path) -> str:
     return str(_read_json(checkpoint_dir / MODEL_INDEX).get("notice", ""))
 
 
-def write_model_config(checkpoint_dir: Path, config: ModelConfig, *, notice: str = "") -> None:
-    """Write `model_index.json`, every `config.json` and the scheduler's; `notice` is for whoever sees the clips."""
+def read_quantization(checkpoint_dir: Path) -> Quantization:
+    """How the transformer's weights are stored: `none` means in full.
+
+    Raises:
+        CheckpointError: If the folder says something that is not known here.
+    """
+    found = _read_json(checkpoint_dir / MODEL_INDEX).get("quantization", "none")
+    if found not in get_args(Quantization):
+        raise CheckpointError(
+            f"{checkpoint_dir / MODEL_INDEX} is quantised as {found!r}; known are {', '.join(get_args(Quantization))}."
+        )
+    return cast(Quantization, found)
+
+
+def read_loras(checkpoint_dir: Path) -> tuple[str, ...]:
+    """The LoRAs that were fused into the weights when the folder was written, each as name and strength."""
+    return tuple(map(str, _read_json(checkpoint_dir / MODEL_INDEX).get("loras", ())))
+
+
+def write_model_config(
+    checkpoint_dir: Path,
+    config: ModelConfig,
+    *,
+    notice: str = "",
+    quantization: Quantization = "none",
+    loras: Sequence[str] = (),
+) -> None:
+    """Write `model_index.json`, every `config.json` and the scheduler's.
+
+    Args:
+        checkpoint_dir: Where; made if it is not there.
+        config: Sizes of the model.
+        notice: For whoever sees the clips.
+        quantization: Of the transformer's weights.
+        loras: That are fused into them.
+    """
     by_component: tuple[ComponentConfig, ...] = (
         config.transformer,
         config.vae,
@@ -105,7 +141,10 @@ def write_model_config(checkpoint_dir: Path, config: ModelConfig, *, notice: str
     (checkpoint_dir / SCHEDULER).mkdir(exist_ok=True)
     _write_json(checkpoint_dir / SCHEDULER / "scheduler_config.json", scheduler)
     components = {component.folder: component.class_name for component in COMPONENTS}
-    index = {"_class_name": PIPELINE_CLASS, "name": config.name, **components} | ({"notice": notice} if notice else {})
+    index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "name": config.name, **components}
+    index |= {"notice": notice} if notice else {}
+    index |= {"quantization": quantization} if quantization != "none" else {}
+    index |= {"loras": list(loras)} if loras else {}
     _write_json(checkpoint_dir / MODEL_INDEX, index)
 
 
@@ -255,7 +294,9 @@ def safetensors_header(path: Path) -> dict[str, TensorHeader]:
         entries.pop("__metadata__", None)
         spans = {key: entry["data_offsets"] for key, entry in entries.items()}
         header = {
-            key: TensorHeader(entry["dtype"], tuple(entry["shape"]), spans[key][1] - spans[key][0])
+            key: TensorHeader(
+                entry["dtype"], tuple(entry["shape"]), spans[key][1] - spans[key][0], 8 + header_size + spans[key][0]
+            )
             for key, entry in entries.items()
         }
     except FileNotFoundError as error:

@@ -1,18 +1,405 @@
-"""Where weights are."""
+"""Where weights are. `Placement` decides it, for every tensor of every network, and nothing else moves one.
+
+A stack of equal layers – the transformer's blocks, the layers of an encoder – is on the device, or waits in the
+host's memory and passes through two slots on the device: while one layer computes, the next is copied beside it.
+How many of the transformer's blocks stay on the device is the whole difference between the policies:
+
+resident    all of them; the encoders too
+balanced    as many as fit into a budget made for a card of 24 GB; the encoders' layers pass through
+low         none
+
+Numbers and their order do not change, so that every policy renders the same bits.
+"""
 
 from __future__ import annotations
 
-from itertools import chain
+import copy
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from scail.config import DEFAULT_SIZE, MAX_FRAMES, MemoryPolicy, PlacementPolicy, TransformerConfig
+from scail.models.image_encoder import ImageEncoder
+from scail.models.text_encoder import TextEncoder
+from scail.models.transformer import CONDITIONING_LAYERS, ScailTransformer
+from scail.types import LatentShape, num_tokens
+
+logger = logging.getLogger(__name__)
+
+BALANCED_BYTES = 22_000_000_000  # what a card of 24 GB has beside a desktop and the CUDA context
+ALIGNMENT = 256  # bytes; the strictest kernel asks for 128
+SHARE_TO_USE = 0.92  # of the free memory, when the budget is made of it: the allocator loses some between its blocks
+
+_ACTIVATIONS = 12  # tensors of tokens × hidden size that are alive at once in a block's MLP, rounded up
+_DECODING_BYTES = 8_500_000_000  # the VAE's peak at 81 frames of 512 × 896, above its weights
 
 
-def ensure_on(module: nn.Module, device: torch.device) -> None:
-    """Move `module` to `device` unless all of it is there.
+class Placement:
+    """The one owner of where a pipeline's weights are.
 
-    Networks call it with the device of their input, so that weights which were put aside to save memory cannot meet
-    an input on another device.
+    Attributes:
+        policy: That is in force.
+        num_resident_blocks: Of the transformer; the others pass through the slots.
     """
-    if any(tensor.device != device for tensor in chain(module.parameters(), module.buffers())):
-        module.to(device)
+
+    def __init__(
+        self,
+        transformer: ScailTransformer,
+        *,
+        vae: nn.Module,
+        text_encoder: TextEncoder,
+        image_encoder: ImageEncoder,
+        device: torch.device,
+        policy: MemoryPolicy = "resident",
+        num_resident_blocks: int | None = None,
+    ) -> None:
+        """Give every tensor its place; those of modules on the meta device are left to be filled.
+
+        Args:
+            transformer, vae, text_encoder, image_encoder: The networks.
+            device: Where they compute.
+            policy: `auto` takes the first one for which the device has room.
+            num_resident_blocks: Instead of what the policy's budget allows.
+        """
+        self.device = device
+        sizes = _Sizes.of(transformer, (vae, text_encoder, image_encoder), device)
+        self.policy, budget = choose_policy(policy, sizes, device)
+        self._waiting: list[Tensor] = []
+        if self.policy == "resident":
+            self.num_resident_blocks = len(transformer.blocks)
+            for module in (transformer, vae, text_encoder, image_encoder):
+                place(module, device)
+            return
+        fitting = 0 if self.policy == "low" else sizes.num_blocks_within(budget)
+        self.num_resident_blocks = fitting if num_resident_blocks is None else num_resident_blocks
+        self._stream(transformer, text_encoder, image_encoder)
+        place(vae, device)
+
+    def _stream(self, transformer: ScailTransformer, text_encoder: TextEncoder, image_encoder: ImageEncoder) -> None:
+        blocks = list(transformer.transformer_blocks())
+        spared = spread(len(blocks), len(blocks) - self.num_resident_blocks)
+        texts, images = list(text_encoder.encoder.block), list(image_encoder.encoder.layers)
+        stacks = [
+            Stack(blocks, range(len(blocks)), is_for_conditioning),
+            Stack(blocks, spared, lambda name: not is_for_conditioning(name)),
+            Stack(texts, range(len(texts))),
+            Stack(images, range(len(images))),
+        ]
+        slots = Slots(max(stack.num_bytes for stack in stacks), self.device)
+        conditioning, steps, *encoders = (LayerStream(stack, slots) for stack in stacks)
+        transformer.take_blocks_from(conditioning, steps)
+        text_encoder.encoder.block = StreamedList(texts, encoders[0])
+        image_encoder.encoder.layers = StreamedList(images, encoders[1])
+        self._waiting = [flat for stack in stacks for flat in stack.waiting.values()]
+        waiting = {id(tensor) for stack in stacks for tensor in stack.waiting_tensors()}
+        place(text_encoder.encoder.embed_tokens, torch.device("cpu"))  # 2 GB of which a prompt needs a few rows
+        waiting |= {id(tensor) for tensor in text_encoder.encoder.embed_tokens.parameters()}
+        for module in (transformer, text_encoder, image_encoder):
+            place(module, self.device, but=waiting)
+
+    def pin(self) -> None:
+        """Lock what waits in the host's memory, so that it can be copied beside the computing; call it when filled.
+
+        Torch's own locked memory comes in powers of two, of which 40 blocks would waste 16 GB.
+        """
+        if self.device.type != "cuda" or not self._waiting:
+            return
+        locked: list[Tensor] = []
+        weakref.finalize(self, _unlock, locked, self.device)
+        for flat in self._waiting:
+            error = int(_cuda().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+            if error:
+                logger.warning("the host's memory cannot be locked (CUDA error %d): streaming will be slow", error)
+                return
+            locked.append(flat)
+
+
+def _unlock(locked: list[Tensor], device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    for flat in locked:
+        _cuda().cudaHostUnregister(flat.data_ptr())
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def is_for_conditioning(name: str) -> bool:
+    """Whether a tensor of a block is used once a clip and not at every step."""
+    return name.startswith(tuple(f"{layer}." for layer in CONDITIONING_LAYERS))
+
+
+def spread(num_layers: int, num_chosen: int) -> list[int]:
+    """`num_chosen` of `num_layers` indices, as far from one another as can be: each has time to arrive."""
+    return sorted({index * num_layers // num_chosen for index in range(num_chosen)}) if num_chosen else []
+
+
+def place(module: nn.Module, device: torch.device, *, but: Iterable[int] = ()) -> None:
+    """Put every tensor of a module on `device`, except those whose `id` is among `but`."""
+    kept = set(but)
+    for name, tensor in _tensors(module).items():
+        if id(tensor) not in kept and tensor.device != device:
+            _set(module, name, _moved(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device=device)))
+
+
+def place_bare(module: nn.Module, device: torch.device) -> None:
+    """Give those tensors of a module a place that have none."""
+    place(module, device, but=(id(tensor) for tensor in _tensors(module).values() if not tensor.is_meta))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a model's parts."""
+
+    steps: int  # of one block, without what only the conditioning uses
+    conditioning: int  # of one block
+    num_blocks: int
+    beside: int  # the transformer without its blocks, and the VAE
+    encoders: int
+    slot: int
+    reserve: int  # what a clip needs beside weights
+    placed: int  # that are on the device already
+
+    @classmethod
+    def of(cls, transformer: ScailTransformer, others: Sequence[nn.Module], device: torch.device) -> _Sizes:
+        vae, *encoders = others
+        block = _tensors(transformer.blocks[0])
+        conditioning = sum(tensor.nbytes for name, tensor in block.items() if is_for_conditioning(name))
+        steps = sum(tensor.nbytes for tensor in block.values()) - conditioning
+        num_blocks = len(transformer.blocks)
+        text_encoder = cast(TextEncoder, encoders[0])
+        return cls(
+            steps=steps,
+            conditioning=conditioning,
+            num_blocks=num_blocks,
+            beside=num_bytes(transformer) - num_blocks * (steps + conditioning) + num_bytes(vae),
+            encoders=sum(num_bytes(encoder) for encoder in encoders),
+            slot=max(steps, num_bytes(text_encoder.encoder.block[0])),
+            reserve=max(clip_bytes(transformer.config), _DECODING_BYTES),
+            placed=sum(
+                tensor.nbytes
+                for module in (transformer, *others)
+                for tensor in _tensors(module).values()
+                if tensor.device == device
+            ),
+        )
+
+    @property
+    def resident(self) -> int:
+        """Everything on the device, and a clip."""
+        weights = self.num_blocks * (self.steps + self.conditioning) + self.beside + self.encoders
+        return weights + self.reserve
+
+    def num_blocks_within(self, budget: int) -> int:
+        spare = budget - self.beside - 2 * self.slot - self.reserve
+        return max(0, min(self.num_blocks, spare // self.steps))
+
+
+def clip_bytes(config: TransformerConfig) -> int:
+    """What the longest clip of the default size holds while it is denoised with guidance, in bfloat16."""
+    shape = LatentShape.of_clip(MAX_FRAMES, *DEFAULT_SIZE)
+    activations = _ACTIVATIONS * num_tokens(config, shape) * config.hidden_size * 2
+    key_values = config.num_layers * (2 * 512 + 257) * 2 * config.hidden_size * 2
+    return activations + key_values
+
+
+def choose_policy(policy: MemoryPolicy, sizes: _Sizes, device: torch.device) -> tuple[PlacementPolicy, int]:
+    """The policy that `auto` means on this device, and the bytes that weights and a clip may take."""
+    if policy != "auto":
+        return policy, BALANCED_BYTES
+    if device.type != "cuda":
+        return "resident", 0
+    usable = int(SHARE_TO_USE * (torch.cuda.mem_get_info(device)[0] + sizes.placed))
+    if usable >= sizes.resident:
+        return "resident", usable
+    chosen: PlacementPolicy = "balanced" if usable >= BALANCED_BYTES else "low"
+    logger.info("%.1f GB of device memory can be used, %.1f are needed: %s", usable / 1e9, sizes.resident / 1e9, chosen)
+    return chosen, usable
+
+
+class Stack:
+    """Equal layers, some of which wait in the host's memory, each in one piece.
+
+    Attributes:
+        layers: In the order in which they compute.
+        waiting: The bytes of those that wait, by index.
+        num_bytes: Of one of them.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], waiting: Iterable[int], wanted: Callable[[str], bool] = lambda _name: True
+    ) -> None:
+        """Move the `wanted` tensors of the `waiting` layers there."""
+        self.layers = layers
+        self._wanted = wanted
+        self._layout = _Layout.of({name: x for name, x in _tensors(layers[0]).items() if wanted(name)})
+        self.num_bytes = self._layout.num_bytes
+        self.waiting = {index: torch.empty(self.num_bytes, dtype=torch.uint8) for index in waiting}
+        for index, flat in self.waiting.items():
+            tensors = _tensors(layers[index])
+            for name, view in self._layout.views(flat).items():
+                _set(layers[index], name, _moved(tensors[name], view))
+
+    def waiting_tensors(self) -> Iterator[Tensor]:
+        for index in self.waiting:
+            yield from (tensor for name, tensor in _tensors(self.layers[index]).items() if self._wanted(name))
+
+    def in_slot(self, flat: Tensor) -> nn.Module:
+        """A layer like the others whose wanted tensors are in `flat`; it has no others."""
+        layer = self.layers[0]
+        bare = {
+            id(tensor): _like(tensor, torch.empty_like(tensor, device="meta")) for tensor in _tensors(layer).values()
+        }
+        twin = copy.deepcopy(layer, bare)
+        for name, view in self._layout.views(flat).items():
+            _set(twin, name, view)
+        return twin
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where in one piece of memory each tensor of a layer lies."""
+
+    extents: Mapping[str, tuple[int, torch.Size, torch.dtype]]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> _Layout:
+        extents, start = {}, 0
+        for name, tensor in tensors.items():
+            extents[name] = (start, tensor.shape, tensor.dtype)
+            start += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+        return cls(extents, start)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        return {
+            name: flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for name, (start, shape, dtype) in self.extents.items()
+        }
+
+
+class Slots:
+    """Two pieces of device memory through which layers pass in turn; shared by all stacks, as one computes at a time.
+
+    Copies run on a stream of their own. A slot is written only when the computing that read it is done, and read
+    only when its copy is done; both are events on the device, for which the host does not wait.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._keys: list[object] = [None, None]
+        self._last = 1
+        self._device = device
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if self._copying:
+            self._copying.wait_stream(torch.cuda.current_stream(device))  # the buffers may have been something else's
+            self._filled = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._free = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def bring(self, key: object, waiting: Tensor) -> int:
+        """Begin to copy a layer, unless it is here: into the slot that was not used last. Returns its slot."""
+        if key in self._keys:
+            return self._keys.index(key)
+        slot = 1 - self._last
+        self._keys[slot] = key
+        target = self.buffers[slot][: waiting.nbytes]
+        if self._copying is None:
+            target.copy_(waiting)
+            return slot
+        with torch.cuda.stream(self._copying):
+            self._copying.wait_event(self._free[slot])
+            target.copy_(waiting, non_blocking=True)
+            self._filled[slot].record(self._copying)
+        return slot
+
+    def take(self, slot: int) -> None:
+        """What is computed from now on waits for the slot's copy; the other slot is the next to be written."""
+        self._last = slot
+        if self._copying is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._filled[slot])
+
+    def leave(self, slot: int) -> None:
+        """What was computed until now was the last that reads the slot."""
+        if self._copying is not None:
+            self._free[slot].record(torch.cuda.current_stream(self._device))
+
+
+class LayerStream:
+    """Iterates over a stack's layers; those that wait are brought to the device one ahead.
+
+    A layer that comes out of it is valid until the next one is asked for. After the last comes the first again: when
+    a sweep ends, the next one's first layer is on its way.
+    """
+
+    def __init__(self, stack: Stack, slots: Slots) -> None:
+        self._layers, self._waiting, self._slots = stack.layers, stack.waiting, slots
+        self._in_slots = [stack.in_slot(buffer) for buffer in slots.buffers]
+        order = list(stack.waiting)
+        self._next = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+
+    @property
+    def executing(self) -> list[nn.Module]:
+        """Every module that can come out: the resident layers and the two in the slots."""
+        resident = [layer for index, layer in enumerate(self._layers) if index not in self._waiting]
+        return [*resident, *(self._in_slots if self._waiting else [])]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for index, layer in enumerate(self._layers):
+            if index not in self._waiting:
+                yield layer
+                continue
+            slot = self._bring(index)
+            self._slots.take(slot)
+            self._bring(self._next[index])
+            try:
+                yield self._in_slots[slot]
+            finally:
+                self._slots.leave(slot)
+
+    def _bring(self, index: int) -> int:
+        return self._slots.bring((id(self), index), self._waiting[index])
+
+
+class StreamedList(nn.ModuleList):
+    """Takes the place of a library's list of layers: the same names, but iterating over it streams."""
+
+    def __init__(self, layers: Iterable[nn.Module], stream: LayerStream) -> None:
+        super().__init__(layers)
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._stream)
+
+
+def num_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(module).values())
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those included that no file holds."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or a buffer, whatever its device."""
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _moved(tensor: Tensor, target: Tensor) -> Tensor:
+    """`target`, which now holds what `tensor` does; nothing to copy from the meta device."""
+    return target if tensor.is_meta else target.copy_(tensor.detach())
+
+
+def _like(tensor: Tensor, bare: Tensor) -> Tensor:
+    return nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare

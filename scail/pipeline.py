@@ -12,23 +12,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scail import preprocess
-from scail.checkpoint import (
-    load_image_encoder,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
+from scail.checkpoint import load_networks, load_tokenizer
+from scail.config import (
+    EXACT,
+    MAX_FRAMES,
+    OFFICIAL,
+    PlacementPolicy,
+    Quantization,
+    RuntimeConfig,
+    SamplingParams,
 )
-from scail.config import EXACT, MAX_FRAMES, OFFICIAL, RuntimeConfig, SamplingParams
 from scail.encodings import EncodingCache
 from scail.errors import InvalidInputError, OutOfMemoryError
 from scail.geometry import check_size, target_size
+from scail.memory import Placement
 from scail.models.attention import choose_attention
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
 from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
-from scail.quantization import quantize_blocks
 from scail.sampling import denoise, flow_sigmas, guide
 from scail.timing import StageClock
 from scail.types import Conditioning, LatentShape, ScailOutput
@@ -42,6 +44,8 @@ class ScailPipeline:
         device: Where every stage computes.
         dtype: Of weights and activations; latents, guidance and the Euler steps are float32 whatever it is.
         attention: The backend that was chosen, for the record.
+        quantization: Of the transformer's matrix products, likewise.
+        placement: Who owns the weights' places; without one they are all on the device.
     """
 
     transformer: ScailTransformer
@@ -52,6 +56,13 @@ class ScailPipeline:
     device: torch.device
     dtype: torch.dtype
     attention: str = "sdpa"
+    quantization: Quantization = "none"
+    placement: Placement | None = None
+
+    @property
+    def memory(self) -> PlacementPolicy:
+        """The memory policy in force."""
+        return self.placement.policy if self.placement else "resident"
 
     @classmethod
     def from_pretrained(
@@ -65,19 +76,27 @@ class ScailPipeline:
         """Load a checkpoint folder, as `scail convert` writes it.
 
         Raises:
-            CheckpointError: If a file or a weight is missing, extra, misshapen or unreadable.
+            CheckpointError: If a file or a weight is missing, extra, misshapen or unreadable, or a LoRA does not fit.
+            InvalidInputError: If the checkpoint is quantised, and a LoRA or another arithmetic is asked for.
+            OutOfMemoryError: If the device has no room for the weights under the memory policy.
         """
         path, device = Path(checkpoint_dir), torch.device(device)
-        transformer = load_transformer(path, device=device, dtype=dtype)
+        tokenizer = load_tokenizer(path)
+        try:
+            networks = load_networks(path, device=device, dtype=dtype, runtime=runtime)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"the weights do not fit as {runtime.memory}: {error}") from error
         return cls(
-            transformer=transformer,
-            attention=prepare_transformer(transformer, device, dtype, runtime),
-            vae=load_vae(path, device=device, dtype=dtype),
-            text_encoder=load_text_encoder(path, device=device, dtype=dtype),
-            image_encoder=load_image_encoder(path, device=device, dtype=dtype),
-            tokenizer=load_tokenizer(path),
+            transformer=networks.transformer,
+            attention=prepare_transformer(networks.transformer, device, dtype, runtime),
+            vae=networks.vae,
+            text_encoder=networks.text_encoder,
+            image_encoder=networks.image_encoder,
+            tokenizer=tokenizer,
             device=device,
             dtype=dtype,
+            quantization=networks.quantization,
+            placement=networks.placement,
         )
 
     @torch.inference_mode()
@@ -198,9 +217,7 @@ class ScailPipeline:
 def prepare_transformer(
     transformer: ScailTransformer, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig
 ) -> str:
-    """Quantise, give the fastest attention, compile: as `runtime` says. Returns the attention's name."""
-    if runtime.quantization == "fp8":
-        quantize_blocks(transformer)
+    """Give the fastest attention, compile: as `runtime` says. Returns the attention's name."""
     attention = runtime.attention or choose_attention(device, dtype)
     transformer.use_attention(attention)
     if runtime.compiled:

@@ -1,9 +1,20 @@
-"""float8 linear layers: weights quantised once, activations by row as they come.
+"""Linear layers of the transformer with weights of one byte a number.
 
-e4m3 has a sign, 4 bits of exponent and 3 of mantissa: a rounding error of up to 3 % of each number, spread evenly.
+fp8     e4m3: a sign, 4 bits of exponent and 3 of mantissa, a rounding error of up to 3 % of each number. Hopper, Ada.
+int8    127 steps either side of zero: an error of up to 0.4 % of the largest number of a row. Ampere too.
+
 Every output channel of a weight and every token of an activation has a scale of its own, so that one large number
-costs its row only. What stays in bfloat16: embeddings, norms, modulation, the keys and values of both
-cross-attentions (computed once for a clip: nothing to win) and the head (whose error nothing averages out).
+costs its row only. Weights are rounded once, by `scail convert --quantize` or when a bfloat16 checkpoint is loaded, to
+the same numbers; activations are rounded as they come. The keys and values of both cross-attentions are computed once
+a clip, so that rounding their input would win nothing: their weights are small at rest and multiplied in full.
+
+What stays as it was, and the relative error of one forward that rounding it would add (see docs/performance.md), in
+a tenth of a gigabyte altogether but for `time_projection`: the patch embeddings and the head, whose errors nothing
+after them averages out; the time, text and image embeddings, through which every block sees the same error; norms,
+biases and modulation tables, which are 0.02 % of the numbers.
+
+On a CPU the same rounded numbers are multiplied, in float32 (fp8) or exactly (int8), slowly: so that errors can be
+stated anywhere.
 """
 
 from __future__ import annotations
@@ -11,22 +22,32 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scail.config import Quantization
 from scail.kernels import gelu_quantize_rows, quantize_rows
 from scail.kernels.reference import quantize_rows as quantize_rows_plain
+from scail.kernels.reference import quantize_rows_int8
 from scail.models.transformer import ScailTransformer
 
 QUANTIZED_LAYERS = ("self_attn.qkv", "self_attn.out", "cross_attn.q", "cross_attn.out", "ffn.0", "ffn.2")
+SMALL_AT_REST_LAYERS = ("cross_attn.text_kv", "cross_attn.image_kv")  # multiplied in full
+SCALE_SUFFIX = "_scale"  # of a weight's name, for that of its scales
+
+_MIN_FP8 = (8, 9)  # compute capability of Ada
+_MIN_INT8 = (8, 0)  # of Ampere
+_MIN_INT8_ROWS = 17  # of torch._int_mm on a GPU
+_INT8_ROWS_AT_ONCE = 8192  # its sums take 4 bytes each: of a whole clip, 2.7 GB in the MLP
 
 
-class Float8Linear(nn.Module):
-    """A linear layer whose product is computed in float8.
+class QuantizedLinear(nn.Module):
+    """A linear layer with one byte a weight.
 
     Attributes:
-        weight: float8 (N, K).
+        weight: (N, K), float8 or int8.
         weight_scale: float32 (1, N).
-        bias: (N,).
+        bias: (N,), in the dtype of the result.
     """
 
     weight: Tensor
@@ -39,16 +60,49 @@ class Float8Linear(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> Float8Linear:
-        values, scales = quantize_rows_plain(linear.weight.detach())
-        return cls(values, scales.t().contiguous(), linear.bias.detach())
+    def dequantized(self) -> Tensor:
+        """(N, K) in the dtype of the bias."""
+        return (self.weight.float() * self.weight_scale.t()).to(self.bias.dtype)
+
+
+class SmallAtRestLinear(QuantizedLinear):
+    """Its product is that of the dequantised weight, in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of_quantized(*quantize_rows(x.flatten(0, -2))).view(*x.shape[:-1], -1)
+        return F.linear(x, self.dequantized(), self.bias)
+
+
+class DynamicLinear(QuantizedLinear):
+    """Its input is quantised too, row by row; the product is computed in numbers of one byte."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_quantized(*self.quantize(x.flatten(0, -2))).view(*x.shape[:-1], -1)
+
+    def of_gelu(self, x: Tensor) -> Tensor:
+        """The layer of GELU (tanh form) of `x`; one pass over it less."""
+        return self.of_quantized(*self.gelu_quantize(x.flatten(0, -2))).view(*x.shape[:-1], -1)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` (M, K) in one byte a number, and the scale of each row, float32 (M, 1)."""
+        raise NotImplementedError
+
+    def gelu_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`quantize` of GELU of `x`."""
+        raise NotImplementedError
 
     def of_quantized(self, values: Tensor, scales: Tensor) -> Tensor:
-        """The product for input that is quantised already: float8 (M, K), float32 (M, 1) → (M, N)."""
+        """The product for input that is quantised already: (M, K) of one byte, float32 (M, 1) → (M, N)."""
+        raise NotImplementedError
+
+
+class Float8Linear(DynamicLinear):
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_rows(x)
+
+    def gelu_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return gelu_quantize_rows(x)
+
+    def of_quantized(self, values: Tensor, scales: Tensor) -> Tensor:
         if not values.is_cuda:  # the CPU has no product by row and column scales
             product = (values.float() * scales) @ (self.weight.float() * self.weight_scale.t()).t()
             return (product + self.bias.float()).to(self.bias.dtype)
@@ -63,22 +117,69 @@ class Float8Linear(nn.Module):
         )
 
 
-class Float8FeedForward(nn.Sequential):
+class Int8Linear(DynamicLinear):
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_rows_int8(x)
+
+    def gelu_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_rows_int8(F.gelu(x, approximate="tanh"))
+
+    def of_quantized(self, values: Tensor, scales: Tensor) -> Tensor:
+        rows = range(0, len(values), _INT8_ROWS_AT_ONCE)
+        return torch.cat(
+            [self._of_rows(*(x[row : row + _INT8_ROWS_AT_ONCE] for x in (values, scales))) for row in rows]
+        )
+
+    def _of_rows(self, values: Tensor, scales: Tensor) -> Tensor:
+        if values.is_cuda and len(values) < _MIN_INT8_ROWS:
+            product = values.float() @ self.weight.float().t()
+        else:
+            product = torch._int_mm(values, self.weight.t()).float()
+        return (product * scales * self.weight_scale + self.bias.float()).to(self.bias.dtype)
+
+
+class QuantizedFeedForward(nn.Sequential):
     """Linear, GELU, linear; GELU and the second layer's quantisation are one pass over the hidden tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self[0], cast(Float8Linear, self[2])
-        values, scales = gelu_quantize_rows(first(x).flatten(0, -2))
-        return second.of_quantized(values, scales).view(*x.shape[:-1], -1)
+        return cast(DynamicLinear, self[2]).of_gelu(self[0](x))
 
 
-def quantize_blocks(transformer: ScailTransformer) -> None:
-    """Replace the large linear layers of a transformer's blocks by float8 ones, one after the other."""
+LAYER_CLASSES: dict[str, type[DynamicLinear]] = {"fp8": Float8Linear, "int8": Int8Linear}
+WEIGHT_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def quantize_weight(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) in one byte a number, and its scales (1, N), float32."""
+    quantize = quantize_rows_plain if quantization == "fp8" else quantize_rows_int8
+    values, scales = quantize(weight.detach())
+    return values, scales.t().contiguous()
+
+
+def quantize_blocks(transformer: ScailTransformer, quantization: Quantization = "fp8") -> None:
+    """Replace the linear layers of a transformer's blocks by quantised ones, one after the other."""
     for block in transformer.transformer_blocks():
-        for name in QUANTIZED_LAYERS:
+        for name in (*QUANTIZED_LAYERS, *SMALL_AT_REST_LAYERS):
             parent, _, child = name.rpartition(".")
             module = block.get_submodule(parent)
             linear = module.get_submodule(child)
             assert isinstance(linear, nn.Linear)
-            module.register_module(child, Float8Linear.of(linear))
-        block.ffn = Float8FeedForward(*block.ffn.children())
+            layer = LAYER_CLASSES[quantization] if name in QUANTIZED_LAYERS else SmallAtRestLinear
+            quantized = layer(*quantize_weight(linear.weight, quantization), linear.bias.detach())
+            module.register_module(child, quantized)
+        block.ffn = QuantizedFeedForward(*block.ffn.children())
+
+
+def is_quantized_weight(key: str) -> bool:
+    """Whether a tensor of a transformer's checkpoint is a weight that quantisation replaces."""
+    block, _, name = key.removeprefix("blocks.").partition(".")
+    layer, _, leaf = name.rpartition(".")
+    layers = (*QUANTIZED_LAYERS, *SMALL_AT_REST_LAYERS)
+    return key.startswith("blocks.") and block.isdigit() and leaf == "weight" and layer in layers
+
+
+def is_fast_on(device: torch.device, quantization: Quantization) -> bool:
+    """Whether the device multiplies such numbers itself."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (_MIN_FP8 if quantization == "fp8" else _MIN_INT8)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
+INT8_MAX = 127.0  # not 128, so that the numbers lie evenly about zero
 TINY = 1e-12  # keeps the scale of a row of zeros above zero
 
 
@@ -43,6 +44,12 @@ def qk_norm_rotary(
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=TINY) / FLOAT8_MAX
     return (x.float() / scales).to(FLOAT8), scales
+
+
+def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 of `x` (M, K) with one scale for each row, float32 (M, 1)."""
+    scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=TINY) / INT8_MAX
+    return (x.float() / scales).round().to(torch.int8), scales
 
 
 def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

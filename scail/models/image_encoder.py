@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from scail.config import ImageEncoderConfig
-from scail.memory import ensure_on
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -54,7 +53,6 @@ class ImageEncoder(nn.Module):
         Returns:
             (B, 1 + patches, D) in the dtype of the weights, class token first.
         """
-        ensure_on(self, pixels.device)
         size = (self.image_size, self.image_size)
         pixels = F.interpolate(pixels.float(), size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (_MEAN, _STD))

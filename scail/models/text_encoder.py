@@ -17,7 +17,6 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from scail.config import TextEncoderConfig
 from scail.errors import CheckpointError
-from scail.memory import ensure_on
 
 _PAD_TOKEN = "<pad>"
 
@@ -53,13 +52,14 @@ class TextEncoder(nn.Module):
         Returns:
             (B, L, D) in the dtype of the weights; padded rows are exact zeros, which the transformer attends.
         """
-        ensure_on(self, token_ids.device)
         is_padding = mask.to(token_ids.device) == 0
         dtype = self.encoder.dtype
         # Written out, since of a plain mask the library asks whether it hides anything, and so waits for the device.
         hidden = torch.zeros(is_padding.shape, dtype=dtype, device=token_ids.device)
         hidden = hidden.masked_fill(is_padding, torch.finfo(dtype).min)[:, None, None]  # (B, 1, 1, L)
-        states = self.encoder(input_ids=token_ids, attention_mask=hidden).last_hidden_state
+        table = self.encoder.embed_tokens  # where memory is short, on the host
+        embeds = table(token_ids.to(table.weight.device)).to(token_ids.device)
+        states = self.encoder(inputs_embeds=embeds, attention_mask=hidden).last_hidden_state
         return states.masked_fill(is_padding.unsqueeze(-1), 0.0)
 
 

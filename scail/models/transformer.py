@@ -11,7 +11,7 @@ Source: zai-org/SCAIL, the DiT and its mixins; sizes and names of the weights in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -25,12 +25,19 @@ from scail.config import TransformerConfig
 from scail.errors import InvalidInputError
 from scail.kernels import qk_norm_rotary
 from scail.kernels.reference import layer_norm_modulate, rms_norm
-from scail.memory import ensure_on
 from scail.models.attention import BACKENDS, CROSS_ATTENTION, Attention, sdpa
 from scail.models.rope import RotaryTable, rotary_table
 from scail.types import Conditioning
 
 _FUSED = ("attend", "finish")  # a block's methods that `compile_blocks` replaces
+
+# Layers of a block that `prepare` alone uses: once a clip, not at every step.
+CONDITIONING_LAYERS = (
+    "cross_attn.text_kv",
+    "cross_attn.image_kv",
+    "cross_attn.norm_text_k",
+    "cross_attn.norm_image_k",
+)
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,17 @@ class ScailTransformer(nn.Module):
         )
         self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.num_layers)])
         self.head = Head(config)
+        # What the blocks are taken from, for the conditioning and for a step; in tuples, since they are not modules
+        # of their own.
+        self._sources: tuple[Iterable[nn.Module], Iterable[nn.Module]] = (self.blocks, self.blocks)
+
+    def take_blocks_from(self, for_conditioning: Iterable[nn.Module], for_steps: Iterable[nn.Module]) -> None:
+        """Let `scail.memory` hand out the blocks; each is used before the next one is asked for."""
+        self._sources = for_conditioning, for_steps
 
     def use_attention(self, backend: str) -> None:
         """Take a backend of `scail.models.attention` for every softmax; it is `sdpa` until then."""
-        for block in self.transformer_blocks():
+        for block in self._executing_blocks():
             block.self_attn.attend = BACKENDS[backend]
             block.cross_attn.attend = BACKENDS[CROSS_ATTENTION.get(backend, backend)]
 
@@ -98,21 +112,27 @@ class ScailTransformer(nn.Module):
         reference, pose = conditioning.reference_latents, conditioning.pose_latents
         num_frames, (height, width) = pose.shape[2], reference.shape[-2:]
         _check_shapes(reference, pose)
-        ensure_on(self, reference.device)
         rotary = rotary_table(config, num_frames, height // config.patch_size, width // config.patch_size)
         image = self.image_embedding(conditioning.image_embeds)
+        text = self.text_embedding(conditioning.context)
+        key_values = [
+            (block.cross_attn.text_key_value(text), block.cross_attn.image_key_value(image))
+            for block in cast(Iterable[TransformerBlock], self._sources[0])
+        ]
         return PreparedConditioning(
             reference_tokens=_patchify(self.patch_embedding, reference, mask=1.0),
             pose_tokens=_patchify(self.pose_patch_embedding, pose, mask=1.0),
             rotary=rotary.to(reference.device, reference.dtype),
-            text=self._text_key_values(conditioning.context),
-            image=tuple(block.cross_attn.image_key_value(image) for block in self.transformer_blocks()),
+            text=tuple(of_text for of_text, _ in key_values),
+            image=tuple(of_image for _, of_image in key_values),
             grid=(num_frames, height, width),
         )
 
     def with_context(self, prepared: PreparedConditioning, context: Tensor) -> PreparedConditioning:
         """The same clip under another text: the other side of the guidance."""
-        return replace(prepared, text=self._text_key_values(context))
+        text = self.text_embedding(context)
+        blocks = cast(Iterable[TransformerBlock], self._sources[0])
+        return replace(prepared, text=tuple(block.cross_attn.text_key_value(text) for block in blocks))
 
     def forward(
         self,
@@ -163,29 +183,35 @@ class ScailTransformer(nn.Module):
         )  # (B, L, D)
         embedding = self.time_embedding(sinusoid(timesteps, self.config.time_freq_size).to(tokens.dtype))
         modulation = self.time_projection(F.silu(embedding)).view(batch_size, 6, -1)
-        first, *rest = self.transformer_blocks()
-        last = len(rest)
-        update = first.attend(tokens, modulation, shared.rotary, video if last == 0 else None)
-        velocities = []
-        for side in sides:
-            hidden = first.finish(tokens[:, video] if last == 0 else tokens, update, modulation, *side.of_block(0))
-            for index, block in enumerate(rest, start=1):
-                span = video if index == last else None
-                attended = block.attend(hidden, modulation, side.rotary, span)
-                hidden = block.finish(hidden[:, video] if span else hidden, attended, modulation, *side.of_block(index))
-            velocities.append(self._unpatchify(self.head(hidden, embedding), f, h, w))
-        return velocities
+        hidden = self._through_blocks(tokens, modulation, sides, video)
+        return [self._unpatchify(self.head(tokens, embedding), f, h, w) for tokens in hidden]
+
+    def _through_blocks(
+        self, tokens: Tensor, modulation: Tensor, sides: Sequence[PreparedConditioning], video: slice
+    ) -> list[Tensor]:
+        """The video tokens of each side after the last block; one pass over the blocks, since they may be streamed."""
+        hidden = [tokens] * len(sides)
+        last = self.config.num_layers - 1
+        for index, block in enumerate(cast(Iterable[TransformerBlock], self._sources[1])):
+            span = video if index == last else None
+            shared = block.attend(tokens, modulation, sides[0].rotary, span) if index == 0 else None
+            for number, side in enumerate(sides):
+                own = hidden[number]
+                update = block.attend(own, modulation, side.rotary, span) if shared is None else shared
+                own = own[:, video] if span else own
+                hidden[number] = block.finish(own, update, modulation, *side.of_block(index))
+        return hidden
 
     def compile_blocks(self) -> None:
         """Let the compiler fuse what the blocks do between their matrix products; the first clip waits for it."""
-        for block in self.transformer_blocks():
+        for block in self._executing_blocks():
             for name in _FUSED:
                 setattr(block, name, torch.compile(getattr(block, name), fullgraph=True))
 
     @contextmanager
     def plainly(self) -> Iterator[None]:
         """Inside, no kernel but PyTorch's own and nothing compiled; the weights stay as they are, quantised or not."""
-        blocks = list(self.transformer_blocks())
+        blocks = list(self._executing_blocks())
         backends = [(block.self_attn.attend, block.cross_attn.attend) for block in blocks]
         compiled = [{name: block.__dict__.pop(name) for name in _FUSED if name in block.__dict__} for block in blocks]
         self.use_attention("sdpa")
@@ -196,14 +222,14 @@ class ScailTransformer(nn.Module):
                 block.self_attn.attend, block.cross_attn.attend = own, cross
                 block.__dict__.update(methods)
 
+    def _executing_blocks(self) -> Iterable[TransformerBlock]:
+        """The modules that a step runs: where blocks are streamed, some of them stand for many."""
+        return cast(Iterable[TransformerBlock], getattr(self._sources[1], "executing", self.blocks))
+
     def _unpatchify(self, tokens: Tensor, f: int, h: int, w: int) -> Tensor:
         """Latents (B, 16, f, h, w) of video tokens (B, f·h·w / 4, 64)."""
         p = self.config.patch_size
         return rearrange(tokens, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h // p, w=w // p, p=p, q=p)
-
-    def _text_key_values(self, context: Tensor) -> tuple[KeyValue, ...]:
-        text = self.text_embedding(context)
-        return tuple(block.cross_attn.text_key_value(text) for block in self.transformer_blocks())
 
     def transformer_blocks(self) -> Iterator[TransformerBlock]:
         return (cast(TransformerBlock, block) for block in self.blocks)

@@ -12,7 +12,6 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from scail.config import VaeConfig
-from scail.memory import ensure_on
 
 
 class VideoVae(nn.Module):
@@ -43,7 +42,6 @@ class VideoVae(nn.Module):
         Returns:
             Float32 (B, 16, 1 + (F - 1) // 4, H / 8, W / 8).
         """
-        ensure_on(self, pixels.device)
         latents = self.model.encode(pixels.to(self.model.dtype)).latent_dist.mode().float()
         mean, std = self._statistics(latents)
         return (latents - mean) / std
@@ -58,7 +56,6 @@ class VideoVae(nn.Module):
             (B, 3, 1 + 4 · (f - 1), 8 · h, 8 · w) in the dtype of the weights, clamped to [-1, 1] by the library as by
             the official code.
         """
-        ensure_on(self, latents.device)
         mean, std = self._statistics(latents)
         return self.model.decode((latents.float() * std + mean).to(self.model.dtype)).sample
 

@@ -9,7 +9,7 @@ import torch
 from scail.config import MAX_FRAMES, SamplingParams
 from scail.errors import CheckpointError, GenerationError, Interrupted, InvalidInputError, OutOfMemoryError
 from scail.pipeline import ScailPipeline, seeded_noise
-from scail.types import Conditioning, LatentShape
+from scail.types import LatentShape
 
 SIZE = (32, 64)
 FAST = SamplingParams(num_inference_steps=2, guidance_scale=3.0, seed=5)
@@ -302,33 +302,6 @@ def test_bfloat16_renders_the_same_clip_but_for_rounding(tiny_checkpoint, pipeli
     latents, expected = (output.latents for output in outputs)
     assert latents.dtype == torch.float32
     assert 0 < (latents - expected).norm() / expected.norm() < 0.05
-
-
-def test_weights_put_aside_come_to_where_the_pipeline_computes(own_pipeline):
-    elsewhere = replace(own_pipeline, device=torch.device("meta"))  # the networks are still on the CPU
-
-    context = elsewhere.encode_prompt("a dancer")
-    image_embeds = elsewhere.encode_image(torch.zeros(1, 3, 1, *SIZE))
-    latents = elsewhere.encode_latents(torch.zeros(1, 3, 1, *SIZE))
-
-    assert {value.device.type for value in (context, image_embeds, latents)} == {"meta"}
-
-
-def test_a_transformer_put_aside_comes_to_its_inputs(own_pipeline):
-    shapes = {
-        "context": (1, 512, 32),
-        "image_embeds": (1, 17, 40),
-        "reference_latents": (1, 16, 1, 4, 8),
-        "pose_latents": (1, 16, 2, 2, 4),
-    }
-    conditioning = Conditioning(**{name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-
-    prepared = own_pipeline.transformer.prepare(conditioning)
-    velocity = own_pipeline.transformer(
-        torch.empty(1, 16, 2, 4, 8, device="meta"), torch.ones(1, device="meta"), prepared
-    )
-
-    assert velocity.device.type == "meta"
 
 
 @pytest.mark.parametrize("folder", ["transformer", "vae", "text_encoder", "image_encoder", "tokenizer"])
