@@ -72,7 +72,7 @@ def bench_clip(
         "num_tokens": num_tokens(config.transformer, shape),
         "attention": pipeline.attention,
         "memory": pipeline.memory,
-        "runtime": asdict(runtime),
+        "runtime": asdict(runtime) | {"loras": list(map(str, runtime.loras))},
         "seconds": output.seconds,
         "first_clip_extra_seconds": sum(outputs[0].seconds.values()) - sum(output.seconds.values()),
         "forward_seconds": forward_seconds,

@@ -102,13 +102,3 @@ def test_padding_changes_nothing_in_the_prompts_rows(encoder):
     padded = encoder(torch.cat((ids, torch.tensor([[9, 9]])), dim=1), torch.tensor([[1, 1, 1, 0, 0]]))
 
     torch.testing.assert_close(padded[:, :3], short, rtol=0, atol=1e-5)
-
-
-def test_weights_left_on_another_device_follow_the_input():
-    encoder = TextEncoder.from_config(SCAIL_TINY.text_encoder)  # on the CPU
-    ids = torch.ones(1, 8, dtype=torch.int64, device="meta")
-
-    context = encoder(ids, torch.ones(1, 8, dtype=torch.int64))
-
-    assert context.device.type == "meta"
-    assert {parameter.device.type for parameter in encoder.parameters()} == {"meta"}
