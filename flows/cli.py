@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,7 +18,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from tasks import cluster
+from tasks import cluster, control
 from tasks.checkpoint import inspect_checkpoint, write_demo_checkpoint
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast
@@ -112,12 +113,15 @@ def render(
             state = on_workers(manifest, output, options, return_state=True)
     except RefusedError as error:
         _refuse(error)
+    except KeyboardInterrupt:
+        _stopped("stopped")
+    if state.is_cancelled():
+        _stopped("cancelled")
     result = state.result(raise_on_failure=False)
     if isinstance(result, RefusedError):
         _refuse(result)
     if isinstance(result, StorageError):
-        err.print(f"stopped: {result}\nclips that are published stay; render the manifest again to go on", markup=False)
-        raise typer.Exit(ExitCode.SOME_FAILED)
+        _stopped(f"stopped: {result}")
     if not isinstance(result, Summary):
         raise result if isinstance(result, BaseException) else RuntimeError(state.message)
     if line := quality_line(result):
@@ -188,6 +192,104 @@ def worker(
         _refuse(error)
     specs = worker_specs(scheduler, checkpoint=model.path, gpus=cluster.visible_gpus())
     keep_workers(scheduler, specs, say=lambda line: err.print(line, markup=False))
+
+
+InboxArgument = Annotated[str, typer.Argument(help="URI of the folder into which manifests are uploaded.")]
+
+
+@app.command()
+def watch(
+    inbox: InboxArgument,
+    output: OutputOption,
+    checkpoint: CheckpointOption = None,
+    profile: ProfileOption = None,
+    workers: WorkersOption = None,
+    priority: PriorityOption = 0,
+    max_gpus: MaxGpusOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end when there is nothing to render.")] = False,
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 20.0,
+    verbose: VerboseOption = False,
+) -> None:
+    """Render every manifest that is uploaded to a folder, once, whoever else watches it.
+
+    It is moved to `done` beside the inbox, or to `refused` with a file that says what is wrong with it.
+    """
+    try:
+        with _options_checked():
+            options = RenderOptions(
+                profile=profile or Settings().profile, priority=priority, max_gpus=max_gpus, checkpoint=checkpoint
+            )
+        inspect_checkpoint(checkpoint or Settings().checkpoint)  # now, and not when the first manifest comes
+        where = cluster.parse_workers(workers or Settings().workers)
+    except RefusedError as error:
+        _refuse(error)
+    _prepare_prefect(verbose=verbose)
+    from flows.watch_inbox import watch_until
+
+    say, seconds = partial(out.print, markup=False), None if once else every
+    try:
+        with cluster.shared_prefect_api(where):
+            all_ok = watch_until(inbox, output, options, workers=where, every_seconds=seconds, say=say)
+    except RefusedError as error:
+        _refuse(error)
+    except StorageError as error:
+        _stopped(f"stopped: {error}")
+    except KeyboardInterrupt:
+        _stopped("stopped")
+    raise typer.Exit(ExitCode.OK if all_ok else ExitCode.SOME_FAILED)
+
+
+@app.command()
+def events(
+    inbox: InboxArgument,
+    host: Annotated[str, typer.Option(help="Address to listen at; only this machine reaches the default.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the events that come by HTTP POST.")] = 8085,
+    subscription: Annotated[
+        str | None, typer.Option(help="Pub/Sub subscription to pull from: projects/P/subscriptions/S.")
+    ] = None,
+) -> None:
+    """Turn a bucket's notifications into events of Prefect, which start the inbox's deployment at once.
+
+    CloudEvents, Pub/Sub messages and S3 records are taken by POST, with the bearer token SCAIL_EVENTS_TOKEN if that
+    is set. Without this command the inbox is looked at every minute all the same.
+    """
+    from tasks.bucket_events import serve_events
+
+    token = Settings().events_token
+    try:
+        serve_events(
+            inbox,
+            host=host,
+            port=port,
+            token=token.get_secret_value() if token else None,
+            subscription=subscription,
+            say=partial(err.print, markup=False),
+        )
+    except RefusedError as error:
+        _refuse(error)
+
+
+RunArgument = Annotated[str, typer.Argument(help="Id or name of a flow run, as Prefect's UI shows them.")]
+
+
+@app.command()
+def pause(run: RunArgument) -> None:
+    """Have a run begin no more clips; those under way are finished. Needs PREFECT_API_URL."""
+    _ask(control.pause, run, "begins no more clips")
+
+
+@app.command()
+def resume(run: RunArgument) -> None:
+    """Have a paused run go on."""
+    _ask(control.resume, run, "goes on")
+
+
+@app.command()
+def cancel(run: RunArgument) -> None:
+    """Have a run stop its clips at their next denoising step and end; what is published stays."""
+    _ask(control.cancel, run, "stops")
 
 
 @app.command()
@@ -321,9 +423,23 @@ def _prepare_prefect(*, verbose: bool) -> None:
     """Settings that Prefect reads when it is imported; what the user has set stays."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "scail,tasks,flows")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def _ask(wish: Callable[[str], str], run: str, what_follows: str) -> None:
+    try:
+        name = wish(run)
+    except RefusedError as error:
+        _refuse(error)
+    out.print(f"{name} {what_follows}", markup=False)
+
+
+def _stopped(what: str) -> NoReturn:
+    err.print(f"{what}\nclips that are published stay; render the manifest again to go on", markup=False)
+    raise typer.Exit(ExitCode.SOME_FAILED)
 
 
 def _refuse(error: RefusedError) -> NoReturn:

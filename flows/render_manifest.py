@@ -11,12 +11,14 @@ from typing import Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from tasks import cluster, storage
 from tasks.artifacts import ProgressArtifact, publish_artifacts, publish_plan
 from tasks.attempts import cancelling_on_exit
 from tasks.checkpoint import inspect_checkpoint
+from tasks.control import controlled, start_id
+from tasks.errors import RunCancelledError
 from tasks.forecast import Forecast
 from tasks.form import DEFAULT_OPTIONS, RenderOptions
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
@@ -56,6 +58,7 @@ def render_manifest(manifest: str, output: str, options: RenderOptions = DEFAULT
 
     Returns:
         A failed state when a row failed, otherwise a completed one; both hold the run's summary, unless it was dry.
+        A cancelled one if somebody cancelled the run.
 
     Raises:
         RefusedError: Before anything is rendered, if the manifest, the checkpoint or the workers cannot be used.
@@ -83,9 +86,12 @@ def render_manifest(manifest: str, output: str, options: RenderOptions = DEFAULT
         settings, run_id=run_id, manifest_uri=manifest, output_uri=output, also=[progress]
     ) as notifications:
         notifications.started(plan, rows.invalid)
-        for result in render_all(plan, options, output_uri=output, checkpoint=model.path, settings=settings):
-            results.append(result)
-            notifications.clip(result)
+        try:
+            for result in render_all(plan, options, output_uri=output, checkpoint=model.path, settings=settings):
+                results.append(result)
+                notifications.clip(result)
+        except RunCancelledError:
+            return Cancelled(message="cancelled; clips that are published stay")
         run = RunInfo(
             run_id=run_id,
             manifest_uri=manifest,
@@ -114,12 +120,15 @@ def render_all(
     submit: Callable[[ClipJob], Any] = partial(
         render_clip.submit,
         output_uri=output_uri,
-        run_id=flow_run.id,
+        run_id=start_id(),
         checkpoint=checkpoint if cluster.renders_here() else None,
     )
     submit = cluster.at_priority(submit, options.priority)
-    with cancelling_on_exit(output_uri, flow_run.id, policy=settings.storage_policy()):
-        for job, outcome in run_window(plan.jobs, submit, cluster.slots(options.max_gpus)):
+    with (
+        cancelling_on_exit(output_uri, start_id(), policy=settings.storage_policy(), tell=cluster.stop_clips),
+        controlled(flow_run.id) as control,
+    ):
+        for job, outcome in run_window(plan.jobs, submit, control.obeying(cluster.slots(options.max_gpus))):
             result = outcome if isinstance(outcome, ClipResult) else failed_result(job, outcome)
             progress_sink.get()(job.clip_id, result.status, 0, 0)
             yield result

@@ -22,7 +22,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -51,6 +51,7 @@ LOOKS_PER_CLAIM = 6  # so often a worker says that it is alive before others may
 NEWS_PER_LOOK = 4  # at most so often it says in between how far it has come; stores take one write a second
 
 worker_closing = threading.Event()  # set when this process was told to end; clips stop at their next step
+stopped_runs: set[str] = set()  # whose clips stop at their next step; told to this process, others find the mark
 
 
 class OpenAttempt:
@@ -102,6 +103,8 @@ class OpenAttempt:
         """
         if worker_closing.is_set():
             raise WorkerClosingError("the worker was told to end")
+        if self._record.run_id in stopped_runs:
+            raise RunCancelledError("the run was stopped")
         if self._stopped_by:
             raise self._stopped_by
 
@@ -203,15 +206,24 @@ def read_attempts(output_uri: str, key: str, *, policy: StoragePolicy) -> list[A
 
 
 @contextmanager
-def cancelling_on_exit(output_uri: str, run_id: str, *, policy: StoragePolicy) -> Iterator[None]:
-    """If the run is stopped inside, by a signal or a cancellation, its clips stop at their next step."""
+def cancelling_on_exit(
+    output_uri: str, run_id: str, *, policy: StoragePolicy, tell: Callable[[str], None]
+) -> Iterator[None]:
+    """If the run is stopped inside, by a signal or a cancellation, its clips stop at their next step.
+
+    Args:
+        output_uri: The folder of all clips.
+        run_id: Whose clips they are.
+        policy: For the mark that workers find which cannot be told.
+        tell: Tells workers directly: `cluster.stop_clips`.
+    """
     try:
         yield
-    except Exception:
-        raise
-    except BaseException:
-        with suppress(StorageError):
-            storage.publish_bytes(cancel_uri(output_uri, run_id), b"", policy=policy)
+    except BaseException as error:
+        if isinstance(error, RunCancelledError) or not isinstance(error, Exception):
+            tell(run_id)
+            with suppress(StorageError):
+                storage.publish_bytes(cancel_uri(output_uri, run_id), b"", policy=policy)
         raise
 
 

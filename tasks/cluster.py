@@ -6,13 +6,16 @@ import logging
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from tasks import attempts
 from tasks.errors import ClusterLostError, RefusedError
 from tasks.settings import Settings
 
@@ -29,6 +32,7 @@ THREADS_PER_WORKER = 2  # one clip on the GPU; the other is prepared, or encoded
 CLIENT_TIMEOUT_SECONDS = 60
 WORKERS_TIMEOUT_SECONDS = 600.0  # until the first one is there; it may be loading the model
 SLOTS_VALID_SECONDS = 2.0
+TELL_SECONDS = 5.0
 
 # Found by killing schedulers, workers and nannies, and by watching what grows. A setting that is in the environment
 # already stays as it is. A scheduler that is started by hand wants the same: docs/batches.md.
@@ -194,6 +198,28 @@ def at_priority(submit: Callable[[Task], Submitted], priority: int) -> Callable[
             return submit(task)
 
     return submit_ahead
+
+
+def stop_clips(run_id: str) -> None:
+    """Have the running flow's workers stop a run's clips at their next step.
+
+    A worker that this does not reach finds the mark in the store a few seconds later.
+    """
+    if renders_here():
+        attempts.stopped_runs.add(run_id)
+        return
+    client: Client = _runner().client
+    tell = partial(client.run, attempts.stopped_runs.add, run_id, on_error="ignore")
+    messenger = threading.Thread(target=_without_raising, args=(tell,), daemon=True)  # a dead scheduler answers never
+    messenger.start()
+    messenger.join(TELL_SECONDS)
+
+
+def _without_raising(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001  there is a second way, and the run is over anyway
+        logger.info("the workers could not be told: %s", error)
 
 
 def renders_here() -> bool:

@@ -99,6 +99,12 @@ class HttpsInput:
     def delete(self, uri: str) -> None:
         _refuse_to_write(uri)
 
+    def delete_version(self, uri: str, expected: str) -> bool:  # noqa: ARG002
+        _refuse_to_write(uri)
+
+    def version(self, uri: str) -> str:
+        raise RefusedUriError(f"{redact(uri)}: files behind https are inputs, and are not watched")
+
     def _attempt(self, uri: str, action: Callable[[], Result]) -> Result:
         for attempt in range(1, self._policy.max_attempts + 1):
             try:

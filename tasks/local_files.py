@@ -192,6 +192,14 @@ class LocalStore:
     def delete(self, uri: str) -> None:
         _at_the_border(uri, partial(self._path(uri).unlink, missing_ok=True))
 
+    def version(self, uri: str) -> str:
+        stat = _at_the_border(uri, lambda: self._file(uri).stat())
+        return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+
+    def delete_version(self, uri: str, expected: str) -> bool:  # noqa: ARG002 compared by the caller
+        self.delete(uri)
+        return True
+
     def sweep(self, uri: str, older_than_seconds: float) -> int:
         return _at_the_border(uri, partial(sweep, self._path(uri), older_than_seconds))
 

@@ -57,6 +57,7 @@ class _Stat:
     md5: str | None
     crc32c: str | None = None
     claim: str | None = None
+    version: str = ""  # another one whenever the object was written
 
 
 class ObjectStore(ABC):
@@ -90,10 +91,12 @@ class ObjectStore(ABC):
 
     def list_files(self, uri: str) -> list[str]:
         prefix = _key(uri)
-        found = [key.lstrip("/") for key in self._attempt(uri, lambda: self._call("find", prefix))]
+        # A folder that gets its first file while s3fs looks comes out as if it were a file; its type tells.
+        found = self._attempt(uri, lambda: self._call("find", prefix, detail=True))
+        keys = [key.lstrip("/") for key, info in found.items() if info["type"] == "file"]
         return [
             f"{self.scheme}://{key}"
-            for key in found
+            for key in keys
             if not key.endswith("/") and (key == prefix or key.startswith(f"{prefix}/"))
         ]
 
@@ -133,6 +136,13 @@ class ObjectStore(ABC):
             self._attempt(uri, lambda: self._call("rm_file", _object_key(uri)))
         except NotFoundError:
             return
+
+    def version(self, uri: str) -> str:
+        return self._attempt(uri, lambda: self._stat(uri)).version
+
+    def delete_version(self, uri: str, expected: str) -> bool:  # noqa: ARG002 compared by the caller
+        self.delete(uri)
+        return True
 
     @abstractmethod
     def _stat(self, uri: str) -> _Stat: ...
@@ -252,7 +262,7 @@ class MemoryStore(ObjectStore):
         info = self._fs.info(_object_key(uri))
         if info["type"] != "file":
             raise NotFoundError(f"{uri} is a folder, not a file")
-        return _Stat(info["size"], _md5(self._fs.cat_file(_object_key(uri))))
+        return _Stat(info["size"], _md5(self._fs.cat_file(_object_key(uri))), version=str(info["created"]))
 
     def _put_bytes(
         self,
@@ -297,7 +307,24 @@ class GoogleStore(ObjectStore):
             md5=base64.b64decode(md5).hex() if md5 else None,
             crc32c=info.get("crc32c"),
             claim=info.get("metadata", {}).get(_CLAIM),
+            version=str(info["generation"]),
         )
+
+    def delete_version(self, uri: str, expected: str) -> bool:
+        bucket, _, key = _object_key(uri).partition("/")
+
+        def delete() -> bool:
+            try:
+                self._call("call", "DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=expected)
+            except FileNotFoundError:
+                return True
+            except Exception as error:
+                if getattr(error, "code", None) in {412, "412"}:
+                    return False
+                raise
+            return True
+
+        return self._attempt(uri, delete)
 
     def _put_bytes(self, uri: str, data: bytes, content_type: str, *, claim: str | None = None) -> None:
         self._call(
@@ -354,7 +381,12 @@ class AmazonStore(ObjectStore):
     def _stat(self, uri: str) -> _Stat:
         bucket, _, key = _object_key(uri).partition("/")
         head = self._call("call_s3", "head_object", Bucket=bucket, Key=key)
-        return _Stat(head["ContentLength"], _md5_of_etag(head), claim=head.get("Metadata", {}).get(_CLAIM))
+        return _Stat(
+            head["ContentLength"],
+            _md5_of_etag(head),
+            claim=head.get("Metadata", {}).get(_CLAIM),
+            version=f"{head['ETag']} {head['LastModified'].isoformat()} {head.get('VersionId', '')}",
+        )
 
     def _put_bytes(self, uri: str, data: bytes, content_type: str, *, claim: str | None = None) -> None:
         metadata = {"Metadata": {_CLAIM: claim}} if claim else {}

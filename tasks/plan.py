@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tasks.checkpoint import CheckpointInfo
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast, forecast_clips, read_history, timings_of
 from tasks.jobs import ClipJob, ClipMetrics, ClipRequest, ClipResult, ClipStatus, DoneRecord, content_key
-from tasks.manifest import ManifestError, read_manifest
+from tasks.manifest import ManifestError, parse_manifest, read_manifest
 from tasks.results import invalid_results
 from tasks.settings import Settings
 from tasks.storage import StorageError, StoragePolicy
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Done = tuple[DoneRecord, ClipMetrics]
 Hashes = dict[str, str | StorageError]  # by URI
+
+_held: ContextVar[tuple[str, bytes] | None] = ContextVar("held_manifest", default=None)
 
 LISTING_PAYS_FROM = 500  # keys; for fewer, asking for each is faster than listing a folder that may hold 100,000
 
@@ -67,7 +71,11 @@ def read_rows(manifest_uri: str, *, skip_invalid: bool) -> Rows:
             unreadable, a column's name is doubtful, or no row is left.
     """
     try:
-        manifest = read_manifest(manifest_uri)
+        held = _held.get()
+        if held is not None and held[0] == manifest_uri:
+            manifest = parse_manifest(held[1], manifest_uri)
+        else:
+            manifest = read_manifest(manifest_uri)
     except (ManifestError, StorageError) as error:
         raise RefusedError(str(error)) from error
     lines = [str(problem) for problem in manifest.problems]
@@ -76,6 +84,16 @@ def read_rows(manifest_uri: str, *, skip_invalid: bool) -> Rows:
     if not manifest.requests:
         raise RefusedError(f"{storage.redact(manifest_uri)}: no row can be rendered", lines)
     return Rows(manifest.columns, manifest.requests, tuple(invalid_results(manifest.problems)))
+
+
+@contextmanager
+def holding(manifest_uri: str, data: bytes) -> Iterator[None]:
+    """While open, this is the manifest's content for whoever reads its rows, whatever is written to it meanwhile."""
+    token = _held.set((manifest_uri, data))
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 def plan_clips(

@@ -78,10 +78,12 @@ class Settings(BaseSettings):
     max_starts: int = Field(3, ge=1, description="Workers that may die of a clip before its row fails.")
     claim_seconds: float = Field(60.0, gt=0, description="A worker silent for so long has lost its clip to others.")
     stage_limit_seconds: float = Field(7200.0, gt=0, description="A Dask worker with a clip stuck so long is killed.")
+    inbox_settle_seconds: float = Field(5.0, gt=0, description="An upload that did not change for so long is whole.")
     min_free_scratch_bytes: int = Field(2 * 1024**3, ge=0, description="With less room, no clip is begun.")
     encoding_cache_bytes: int = Field(512 * 1024**2, ge=0, description="Encodings kept on the device for later clips.")
     planning_threads: int = Field(16, ge=1, description="Input files hashed side by side while planning.")
     webhook_url: str | None = Field(None, pattern="^https?://", description="Told of a run's start, clips and end.")
+    events_token: SecretStr | None = Field(None, description="Whoever tells `scail events` of an upload must know it.")
     webhook_secret: SecretStr | None = Field(None, description="Signs what the webhook is told; unsigned if absent.")
     quality: QualitySettings = Field(default_factory=QualitySettings, description="Limits of a clip's quality.")
 

@@ -49,6 +49,7 @@ __all__ = [
     "content_md5",
     "create",
     "delete",
+    "delete_version",
     "download",
     "exists",
     "join",
@@ -63,6 +64,7 @@ __all__ = [
     "resolve",
     "size",
     "sweep",
+    "version",
 ]
 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read once, when gcsfs is first imported
@@ -142,6 +144,25 @@ def delete(uri: str, *, policy: StoragePolicy = DEFAULT_POLICY) -> None:
     _store(uri, policy).delete(uri)
 
 
+def version(uri: str, *, policy: StoragePolicy = DEFAULT_POLICY) -> str:
+    """A token that is another one whenever the file was written anew, with the same bytes too."""
+    return _store(uri, policy).version(uri)
+
+
+def delete_version(uri: str, expected: str, *, policy: StoragePolicy = DEFAULT_POLICY) -> bool:
+    """Remove a file unless it was written anew since its `version` was asked for; false if it was.
+
+    Only gs compares and removes in one step; elsewhere a file written within the same moment is removed too.
+    """
+    store = _store(uri, policy)
+    try:
+        if store.version(uri) != expected:
+            return False
+    except NotFoundError:
+        return True
+    return store.delete_version(uri, expected)
+
+
 def sweep(prefix_uri: str, older_than_seconds: float, *, policy: StoragePolicy = DEFAULT_POLICY) -> int:
     """Remove what killed local writers left below a folder; returns how many. Object stores keep no such thing."""
     store = _store(prefix_uri, policy)
@@ -161,6 +182,8 @@ class Store(Protocol):
     def publish_file(self, path: Path, uri: str, content_type: str) -> str: ...
     def create(self, uri: str, data: bytes, content_type: str) -> bool: ...
     def delete(self, uri: str) -> None: ...
+    def version(self, uri: str) -> str: ...
+    def delete_version(self, uri: str, expected: str) -> bool: ...
 
 
 def _store(uri: str, policy: StoragePolicy) -> Store:

@@ -208,12 +208,33 @@ def test_bad_input_is_heard_again_in_the_same_run_and_looked_at_again_in_another
         pass
 
 
-def test_a_stopped_run_stops_its_clips(output):
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, RunCancelledError])
+def test_a_stopped_run_stops_clips_that_it_cannot_tell(output, reason):
     with started(output, claim_seconds=0.3) as attempt:
-        with pytest.raises(KeyboardInterrupt), cancelling_on_exit(output, "run-1", policy=DEFAULT_POLICY):
-            raise KeyboardInterrupt
+        with pytest.raises(reason), stopping(output, tell=lambda _run_id: None):
+            raise reason
         with pytest.raises(RunCancelledError):
             attempt.confirm()
+
+
+def test_a_clip_that_is_told_stops_without_asking_the_store(output, monkeypatch):
+    monkeypatch.setattr(attempts, "stopped_runs", set())
+    with started(output) as attempt:
+        with pytest.raises(KeyboardInterrupt), stopping(output, tell=attempts.stopped_runs.add):
+            raise KeyboardInterrupt
+        with pytest.raises(RunCancelledError):
+            attempt.check()
+
+
+def test_a_run_that_fails_lets_its_clips_end(output):
+    with started(output) as attempt:
+        with pytest.raises(ValueError, match="a bug"), stopping(output, tell=attempts.stopped_runs.add):
+            raise ValueError("a bug")
+        attempt.confirm()
+
+
+def stopping(output, *, tell):
+    return cancelling_on_exit(output, "run-1", policy=DEFAULT_POLICY, tell=tell)
 
 
 def test_a_worker_told_to_end_leaves_its_clips_between_two_steps(output, monkeypatch):
