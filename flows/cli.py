@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tasks import cluster, control
-from tasks.checkpoint import inspect_checkpoint, write_demo_checkpoint
+from tasks.checkpoint import inspect_checkpoint, miniature, write_demo_checkpoint
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast
 from tasks.form import SELECTABLE, RenderOptions
@@ -347,6 +347,34 @@ def bench(
     out.print(lines, markup=False)
     if json:
         json.write_text(document, encoding="utf-8")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint folder. [default: the miniature that comes with the program]")
+    ] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Held-out clips to render; each once more with another pose.")] = 12,
+    frames: Annotated[int, typer.Option(min=1, max=81)] = 17,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[float, typer.Option(min=0)] = 1.0,
+    json: Annotated[Path | None, typer.Option(help="Write every score to this file.")] = None,
+) -> None:
+    """Score a checkpoint on characters and motions that it was not trained on; exit code 1 if a goal is missed."""
+    from tasks.scores import score_checkpoint
+
+    model = checkpoint or str(miniature() or Settings().checkpoint)
+    try:
+        inspect_checkpoint(model)
+        lines, document, ok = score_checkpoint(
+            model, num_clips=clips, num_frames=frames, num_steps=steps, guidance_scale=guidance
+        )
+    except RefusedError as error:
+        _refuse(error)
+    out.print(lines, markup=False)
+    if json:
+        json.write_text(document, encoding="utf-8")
+    raise typer.Exit(ExitCode.OK if ok else ExitCode.SOME_FAILED)
 
 
 pose_app = typer.Typer(no_args_is_help=True, help="The pose side: joints in, the video that SCAIL follows out.")

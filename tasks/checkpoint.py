@@ -8,6 +8,8 @@ from pathlib import Path
 from scail.fingerprint import check_folder, checkpoint_fingerprint, read_model_config, read_notice
 from tasks.errors import RefusedError
 
+MINIATURE = Path(__file__).parent.parent / "scail" / "mini" / "checkpoint"
+
 
 @dataclass(frozen=True)
 class CheckpointInfo:
@@ -37,6 +39,11 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
         raise RefusedError(f"checkpoint {path} cannot be used", problems)
     name = read_model_config(folder).name
     return CheckpointInfo(str(folder), name, checkpoint_fingerprint(folder), read_notice(folder))
+
+
+def miniature() -> Path | None:
+    """The trained checkpoint that comes with the program, if it does."""
+    return None if check_folder(MINIATURE) else MINIATURE
 
 
 def write_demo_checkpoint(folder: Path) -> None:

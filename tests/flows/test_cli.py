@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -254,3 +255,17 @@ def test_a_source_that_is_no_model_is_refused(tmp_path):
     assert result.exit_code == 2
     assert "transformer" in result.stderr
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_checkpoint_that_was_not_trained_misses_its_goals(checkpoint, tmp_path):
+    report = tmp_path / "report.json"
+
+    result = scail("eval", "--checkpoint", checkpoint, "--clips", 2, "--frames", 1, "--steps", 1, "--json", report)
+
+    assert result.exit_code == 1
+    assert "MISSED" in result.stdout
+    assert json.loads(report.read_text())["clips"] == 2
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_scored(tmp_path):
+    assert scail("eval", "--checkpoint", tmp_path).exit_code == 2
