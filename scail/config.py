@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Quantization = Literal["none", "fp8", "int8"]
+Solver = Literal["euler", "dpm++", "unipc"]
 PlacementPolicy = Literal["resident", "balanced", "low"]
 MemoryPolicy = Literal["auto", "resident", "balanced", "low"]
 POLICIES: tuple[PlacementPolicy, ...] = ("resident", "balanced", "low")  # each needs less of the device than the last
@@ -159,6 +160,7 @@ class SamplingParams:
     guidance_scale: float = 4.0  # 1.0 or less: the unconditional pass is skipped
     shift: float = 5.0
     seed: int = 0
+    solver: Solver = "euler"  # the official one; the others are of second order, for few steps
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from scail.config import (
     Quantization,
     RuntimeConfig,
     SamplingParams,
+    Solver,
 )
 from scail.encodings import EncodingCache
 from scail.errors import InvalidInputError, OutOfMemoryError
@@ -157,7 +158,13 @@ class ScailPipeline:
                 conditioning = Conditioning(context, image_embeds, reference_latents, pose_latents)
                 noise = seeded_noise(shape, params.seed)
                 latents = self.generate(
-                    conditioning, negative_context, noise, sigmas, guidance_scale=params.guidance_scale, on_step=on_step
+                    conditioning,
+                    negative_context,
+                    noise,
+                    sigmas,
+                    guidance_scale=params.guidance_scale,
+                    solver=params.solver,
+                    on_step=on_step,
                 )
             with clock.stage("decode_latents"):
                 frames = self.decode(latents)
@@ -192,6 +199,7 @@ class ScailPipeline:
         sigmas: Tensor,
         *,
         guidance_scale: float,
+        solver: Solver = "euler",
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents, float32 (1, 16, f, h, w), from noise of that shape; no guidance without a negative context."""
@@ -207,7 +215,7 @@ class ScailPipeline:
             unconditional, conditional = (velocity.float() for velocity in velocities)
             return guide(unconditional, conditional, guidance_scale)
 
-        return denoise(predict_velocity, noise.to(self.device), sigmas, on_step)
+        return denoise(predict_velocity, noise.to(self.device), sigmas, on_step, solver)
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """uint8 (F', H, W, 3) frames of latents (1, 16, f, h, w)."""

@@ -131,6 +131,8 @@ def content_key(
         "checkpoint": checkpoint_fingerprint,
         "numerics": NUMERICS_VERSION,
     }
+    if params.solver != "euler":
+        content["solver"] = params.solver
     seed = request.seed if request.seed is not None else int(_digest(content)[:8], 16)
     content["seed"] = seed  # the same under every arithmetic, so that their pictures can be compared
     if (quantization := PROFILES[request.profile or default_profile].quantization) != "none":

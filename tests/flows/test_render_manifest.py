@@ -66,7 +66,13 @@ def test_metrics_say_what_was_rendered_and_where_the_time_went(write_manifest, m
     metrics = json.loads((tmp_path / "out" / "clips" / "eleven" / "metrics.json").read_text())
     assert (metrics["num_frames"], metrics["num_dropped_frames"]) == (9, 2)
     assert (metrics["height"], metrics["width"], metrics["fps"]) == (64, 96, 24.0)
-    assert metrics["params"] == {"num_inference_steps": 2, "guidance_scale": 4.0, "shift": 5.0, "seed": 3}
+    assert metrics["params"] == {
+        "num_inference_steps": 2,
+        "guidance_scale": 4.0,
+        "shift": 5.0,
+        "seed": 3,
+        "solver": "euler",
+    }
     assert list(metrics["seconds"]) == [
         "fetch",
         "decode",

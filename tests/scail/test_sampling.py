@@ -141,3 +141,41 @@ def test_guidance_goes_on_beyond_the_conditional_velocity(noise, data):
 
 def test_guidance_cannot_move_what_both_sides_agree_on(noise):
     assert torch.equal(guide(noise, noise, 7.5), noise)
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "unipc"])
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 20])
+def test_every_solver_recovers_the_data_of_the_exact_velocity(solver, num_steps, noise, data):
+    latents = denoise(lambda _latents, _timestep: noise - data, noise, flow_sigmas(num_steps, 5.0), solver=solver)
+
+    torch.testing.assert_close(latents, data, rtol=0, atol=2e-4)  # UniPC begins at 1 - 1e-6
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "unipc"])
+def test_a_solver_of_second_order_needs_fewer_steps_than_euler(solver, noise):
+    def velocity(latents, timestep):  # of data that are Gaussian with deviation 0.5: x0 = x · 0.25 α / (0.25 α² + σ²)
+        sigma = timestep / 1000
+        alpha = 1 - sigma
+        seen = latents * 0.25 * alpha / (0.25 * alpha**2 + sigma**2)
+        return (latents - seen) / sigma
+
+    errors = {
+        name: float((denoise(velocity, noise, flow_sigmas(24, 3.0), solver=name) - 0.5 * noise).norm())
+        for name in ("euler", solver)
+    }
+
+    assert errors[solver] < 0.2 * errors["euler"]
+
+
+def test_solvers_ask_at_the_same_noise_levels(noise, data):
+    asked = {}
+    for solver in ("euler", "dpm++", "unipc"):
+        asked[solver] = []
+        denoise(
+            lambda _latents, timestep, solver=solver: asked[solver].append(float(timestep)) or noise - data,
+            noise,
+            flow_sigmas(6, 5.0),
+            solver=solver,
+        )
+
+    assert asked["dpm++"] == asked["unipc"] == asked["euler"]
