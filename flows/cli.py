@@ -23,7 +23,6 @@ from tasks.checkpoint import inspect_checkpoint, miniature, write_demo_checkpoin
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast
 from tasks.form import SELECTABLE, RenderOptions
-from tasks.jobs import ClipStatus
 from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, plan_line
 from tasks.selection import choose_rows
 from tasks.settings import Settings
@@ -39,7 +38,7 @@ CheckpointOption = Annotated[str | None, typer.Option(help="Checkpoint folder. [
 ProfileOption = Annotated[str | None, typer.Option(help="Sampling profile of rows that name none.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Take only the first rows.")]
 OnlyStatusOption = Annotated[
-    list[ClipStatus],
+    list[str],
     typer.Option(help=f"Take only rows that ended so in the last run: {', '.join(SELECTABLE)}. May be repeated."),
 ]
 SkipInvalidOption = Annotated[bool, typer.Option("--skip-invalid", help="Render the good rows, report the others.")]
@@ -375,6 +374,35 @@ def evaluate(
     if json:
         json.write_text(document, encoding="utf-8")
     raise typer.Exit(ExitCode.OK if ok else ExitCode.SOME_FAILED)
+
+
+@app.command()
+def deploy(
+    output: Annotated[str | None, typer.Option(help="Folder of all clips. [default: SCAIL_OUTPUT]")] = None,
+    inbox: Annotated[
+        str | None, typer.Option(help="Folder that is watched for manifests. [default: SCAIL_INBOX]")
+    ] = None,
+    manifests: Annotated[
+        str | None, typer.Option(help="Folder of manifests to render nightly. [default: SCAIL_MANIFESTS]")
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Register the ways in with a Prefect server: the form, the nightly run, the inbox."""
+    _prepare_prefect(verbose=verbose)
+    from flows.deployments import WORK_POOL, deploy
+
+    settings = Settings()
+    folders = {
+        "output": output or settings.output,
+        "inbox": inbox or settings.inbox,
+        "manifests": manifests or settings.manifests,
+    }
+    try:
+        for registered in deploy(folders):
+            out.print(str(registered), markup=False)
+    except RefusedError as error:
+        _refuse(error)
+    out.print(f"they are run by a worker: prefect worker start --pool {WORK_POOL}", markup=False)
 
 
 pose_app = typer.Typer(no_args_is_help=True, help="The pose side: joints in, the video that SCAIL follows out.")

@@ -5,6 +5,7 @@
     …-summary    counts, what went wrong and how to mend it, posters
     …-report     a link to report.html, where a browser can follow one
     …-plan       of a dry run: a table of what would be rendered
+    …-night      of a nightly run: a line for each manifest
 
 Each is kept under the manifest's name, so that the UI lists the runs of one manifest below each other. A run never
 fails or waits for its looks: what Prefect does not take is logged. What a manifest says is shown as text, never as
@@ -17,9 +18,10 @@ import base64
 import io
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from heapq import nsmallest
 from typing import Any
 from uuid import UUID
 
@@ -33,6 +35,7 @@ from tasks.forecast import Forecast
 from tasks.jobs import ClipResult, ClipStatus
 from tasks.notify import Event, RunState, RunStatus
 from tasks.plan import Plan, Rows, plan_line
+from tasks.report import REPORT
 from tasks.results import NOT_DONE, Summary, counts_line
 from tasks.storage import StorageError
 
@@ -92,7 +95,7 @@ def progress_text(status: RunStatus, forecast: Forecast) -> str:
     if status.state is RunState.STOPPED:
         lines.append(f"Stopped: {as_text(status.message or 'before its results were written')}")
     elif status.state is RunState.RUNNING and status.eta_seconds is None:
-        lines.append(f"No clip is ready yet. {as_text(str(forecast)).capitalize()}")
+        lines.append(f"No clip is ready yet. {_sentence(str(forecast))}")
     elif status.state is RunState.RUNNING and status.eta_seconds:
         ready_at = status.updated_at + timedelta(seconds=status.eta_seconds)
         lines.append(f"Ready in about {duration(status.eta_seconds)}, at {_clock(ready_at, status.updated_at)}")
@@ -104,15 +107,17 @@ def progress_text(status: RunStatus, forecast: Forecast) -> str:
 def publish_artifacts(results: Iterable[ClipResult], *, summary: Summary, report_uri: str) -> None:
     """The table, the summary and the link of a run that has ended; called by its flow."""
     manifest, output = summary.run.manifest_uri, summary.run.output_uri
-    ordered = sorted(results, key=lambda result: (result.status not in NOT_DONE, result.row))
     with _only_logged("results"):
-        rows = [_table_row(result, output) for result in ordered[:MAX_TABLE_ROWS]]
-        more = f" The first {MAX_TABLE_ROWS} are here, all are in results.csv." if len(ordered) > len(rows) else ""
+        first = nsmallest(MAX_TABLE_ROWS, results, key=lambda result: (result.status not in NOT_DONE, result.row))
+        is_cut = sum(summary.counts.values()) > len(first)
+        more = f" The first {len(first)} are here, all are in results.csv." if is_cut else ""
         create_table_artifact(
-            rows, key=artifact_key(manifest, "results"), description=f"{counts_line(summary.counts)}.{more}"
+            [_table_row(result, output) for result in first],
+            key=artifact_key(manifest, "results"),
+            description=f"{counts_line(summary.counts)}.{more}",
         )
     with _only_logged("summary"):
-        markdown = summary_markdown(ordered, summary=summary, report_uri=report_uri)
+        markdown = summary_markdown(results, summary=summary, report_uri=report_uri)
         create_markdown_artifact(markdown, key=artifact_key(manifest, "summary"))
     if (link := storage.browser_url(report_uri)) is not None:
         with _only_logged("link"):
@@ -133,11 +138,29 @@ def publish_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: st
         create_table_artifact(
             sorted(lines, key=lambda line: int(line["line"]))[:MAX_TABLE_ROWS],
             key=artifact_key(manifest_uri, "plan"),
-            description=f"{plan_line(plan, rows)}. {as_text(str(forecast)).capitalize()}",
+            description=f"{plan_line(plan, rows)}. {_sentence(str(forecast))}",
         )
 
 
-def summary_markdown(results: Sequence[ClipResult], *, summary: Summary, report_uri: str) -> str:
+def publish_night(ended: Mapping[str, tuple[str, str]], outputs: Mapping[str, str], *, folder: str) -> None:
+    """What became of every manifest of a folder, as a table; called by the flow that rendered them.
+
+    Args:
+        ended: State and message of each manifest's run, by URI; the other manifests were done before.
+        outputs: Of every manifest, by URI.
+        folder: Of the manifests.
+    """
+    with _only_logged("night"):
+        rows = []
+        for uri, output in outputs.items():
+            state, message = ended.get(uri, ("done before", ""))
+            url = storage.browser_url(storage.join(output, REPORT))
+            report = f"[report]({url})" if url else output
+            rows.append({"manifest": storage.name(uri), "run": state, "report": report, "what": _short(message)})
+        create_table_artifact(rows, key=artifact_key(folder, "night"), description="Manifests that are not done first.")
+
+
+def summary_markdown(results: Iterable[ClipResult], *, summary: Summary, report_uri: str) -> str:
     """A run as one page: counts, links, what went wrong, posters."""
     run = summary.run
     facts = [
@@ -151,8 +174,8 @@ def summary_markdown(results: Sequence[ClipResult], *, summary: Summary, report_
         " · ".join(filter(None, facts)),
         f"**{as_text(run.notice)}**" if run.notice else "",
         _report_line(report_uri, run.output_uri),
-        *_trouble_section(results),
-        *_poster_section(results),
+        *_trouble_section(results, sum(summary.counts[status] for status in NOT_DONE)),
+        *_poster_section(results, summary.counts[ClipStatus.RENDERED] + summary.counts[ClipStatus.SKIPPED]),
     ]
     return "\n\n".join(filter(None, lines)) + "\n"
 
@@ -208,16 +231,13 @@ def _report_line(report_uri: str, output_uri: str) -> str:
     return f"The report, with every clip: `{report_uri}`"
 
 
-def _trouble_section(results: Sequence[ClipResult]) -> list[str]:
-    troubled = [result for result in results if result.status in NOT_DONE]
-    if not troubled:
+def _trouble_section(results: Iterable[ClipResult], num_troubled: int) -> list[str]:
+    if not num_troubled:
         return []
-    lines = [
-        f"- **{as_text(result.clip_id)}** ({result.status}): {as_text(result.message or '')}"
-        for result in troubled[:MAX_TROUBLES]
-    ]
-    if len(troubled) > len(lines):
-        lines.append(f"- … and {len(troubled) - len(lines)} more, in failures.csv")
+    first = nsmallest(MAX_TROUBLES, (r for r in results if r.status in NOT_DONE), key=lambda result: result.row)
+    lines = [f"- **{as_text(result.clip_id)}** ({result.status}): {as_text(result.message or '')}" for result in first]
+    if num_troubled > len(lines):
+        lines.append(f"- … and {num_troubled - len(lines)} more, in failures.csv")
     advice = (
         "Mend these rows in the manifest and render it again: what is done is skipped. "
         "*Only rows whose status was* takes just these."
@@ -225,12 +245,14 @@ def _trouble_section(results: Sequence[ClipResult]) -> list[str]:
     return ["## What went wrong", "\n".join(lines), advice]
 
 
-def _poster_section(results: Sequence[ClipResult]) -> list[str]:
+def _poster_section(results: Iterable[ClipResult], num_clips: int) -> list[str]:
     """Posters of the first clips, side by side; those that this run rendered come before those that were there."""
-    with_poster = sorted(
-        (result for result in results if result.poster), key=lambda result: result.status is not ClipStatus.RENDERED
+    first = nsmallest(
+        MAX_POSTERS,
+        (result for result in results if result.poster),
+        key=lambda result: (result.status is not ClipStatus.RENDERED, result.row),
     )
-    shown = [(result, image) for result in with_poster[:MAX_POSTERS] if (image := _thumbnail(result.poster or ""))]
+    shown = [(result, image) for result in first if (image := _thumbnail(result.poster or ""))]
     if not shown:
         return []
     lines = ["## Clips"]
@@ -242,8 +264,8 @@ def _poster_section(results: Sequence[ClipResult]) -> list[str]:
             [_caption(result) for result, _ in group],
         ]
         lines.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
-    if len(with_poster) > len(shown):
-        lines.append(f"… and {len(with_poster) - len(shown)} more, in the report.")
+    if num_clips > len(shown):
+        lines.append(f"… and {num_clips - len(shown)} more, in the report.")
     return lines
 
 
@@ -264,6 +286,10 @@ def _thumbnail(poster_uri: str) -> str | None:
         logger.info("%s is not shown: %s", poster_uri, error)
         return None
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _sentence(words: str) -> str:
+    return as_text(words[:1].upper() + words[1:])
 
 
 def _clock(when: datetime, now: datetime) -> str:

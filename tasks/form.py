@@ -7,19 +7,21 @@ switch between two types.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from scail.config import DEFAULT_SIZE, MAX_FRAMES, PROFILES
+from scail.quality import Verdict
 from tasks.figures import duration
 from tasks.forecast import DEFAULT_DEVICE, full_clip_seconds
 from tasks.jobs import ClipStatus
 from tasks.settings import Settings
 
 # Rows without a clip, or without a good one: of the others there is nothing to render.
-SELECTABLE = tuple(
-    status for status in ClipStatus if status not in {ClipStatus.RENDERED, ClipStatus.SKIPPED, ClipStatus.DISABLED}
+SELECTABLE: tuple[str, ...] = (
+    *(status for status in ClipStatus if status not in {ClipStatus.RENDERED, ClipStatus.SKIPPED, ClipStatus.DISABLED}),
+    *(verdict for verdict in Verdict if verdict is not Verdict.OK),
 )
 
 
@@ -27,6 +29,17 @@ def _known_profile(name: str) -> str:
     if name not in PROFILES:
         raise ValueError(f"came {name!r}, expected one of {', '.join(PROFILES)}")
     return name
+
+
+def _selectable_status(name: str) -> str:
+    if name not in SELECTABLE:
+        raise ValueError(f"came {name!r}, expected one of {', '.join(SELECTABLE)}")
+    return name
+
+
+def _may_be_empty(schema: dict[str, Any]) -> None:
+    """Prefect's server takes null for a field that says of no default; one of null it holds against the type."""
+    del schema["default"]
 
 
 def _profile_help() -> str:
@@ -46,7 +59,9 @@ def _profile_help() -> str:
 ProfileName = Annotated[str, AfterValidator(_known_profile), WithJsonSchema({"type": "string", "enum": [*PROFILES]})]
 Count = Annotated[int | None, Field(ge=1), WithJsonSchema({"type": "integer", "minimum": 1})]
 OptionalText = Annotated[str | None, WithJsonSchema({"type": "string"})]
-Selectable = Annotated[ClipStatus, WithJsonSchema({"type": "string", "enum": [*SELECTABLE]})]
+Selectable = Annotated[
+    str, AfterValidator(_selectable_status), WithJsonSchema({"type": "string", "enum": [*SELECTABLE]})
+]
 
 
 class RenderOptions(BaseModel):
@@ -64,10 +79,13 @@ class RenderOptions(BaseModel):
         (),
         title="Only rows whose status was",
         description="Take only rows that ended so when this manifest was last rendered to this output. "
-        "Nothing selected: all rows. Rows that have their clip are skipped in any case.",
+        "Nothing selected: all rows. A row whose clip is there and that was not changed since is skipped in any case.",
     )
     limit: Count = Field(
-        None, title="At most so many rows", description="Take only the first rows, as a trial. Empty: all rows."
+        None,
+        title="At most so many rows",
+        description="Take only the first rows, as a trial. Empty: all rows.",
+        json_schema_extra=_may_be_empty,
     )
     skip_invalid: bool = Field(
         False,
@@ -85,12 +103,16 @@ class RenderOptions(BaseModel):
         description="Where several runs share the GPUs, clips of a run with a higher number go first.",
     )
     max_gpus: Count = Field(
-        None, title="GPUs at most", description="Hold no more than so many GPUs at a time. Empty: all that are free."
+        None,
+        title="GPUs at most",
+        description="Hold no more than so many GPUs at a time. Empty: all that are free.",
+        json_schema_extra=_may_be_empty,
     )
     checkpoint: OptionalText = Field(
         None,
         title="Checkpoint folder",
         description="The weights, as the machines that render see them. Empty: those that the operator has set up.",
+        json_schema_extra=_may_be_empty,
     )
 
 

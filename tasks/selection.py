@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tasks import storage
 from tasks.errors import RefusedError
 from tasks.form import RenderOptions
-from tasks.jobs import ClipRequest, ClipResult, ClipStatus
+from tasks.jobs import ClipRequest, ClipResult
 from tasks.plan import Rows, read_rows
 from tasks.storage import StorageError, StoragePolicy
 
@@ -21,17 +21,36 @@ logger = logging.getLogger(__name__)
 
 MAX_RUNS = 50  # of one manifest that are looked at; a row that was in none of them has no status
 
+NOTHING: frozenset[str] = frozenset()
+
 Row = ClipRequest | ClipResult
 
 
-class EarlierRow(BaseModel):
-    """What a row of an earlier run came to; results.jsonl has more."""
+class _Earlier(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")  # results.jsonl has more
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+
+class EarlierQuality(_Earlier):
+    verdict: str
+
+
+class EarlierMetrics(_Earlier):
+    quality: EarlierQuality | None = None
+
+
+class EarlierRow(_Earlier):
+    """What a row of an earlier run came to."""
 
     row: int
     clip_id: str
-    status: ClipStatus
+    status: str
+    metrics: EarlierMetrics | None = None
+
+    @property
+    def ended_as(self) -> frozenset[str]:
+        """Its status, and the verdict on its clip."""
+        quality = self.metrics.quality if self.metrics else None
+        return frozenset({self.status, quality.verdict} if quality else {self.status})
 
 
 EarlierRun = tuple[EarlierRow, ...]
@@ -58,7 +77,7 @@ def choose_rows(manifest_uri: str, output_uri: str | None, options: RenderOption
 
 
 def _with_status(
-    rows: Rows, wanted: Collection[ClipStatus], manifest_uri: str, output_uri: str, policy: StoragePolicy
+    rows: Rows, wanted: Collection[str], manifest_uri: str, output_uri: str, policy: StoragePolicy
 ) -> Rows:
     runs = tuple(islice(read_runs(manifest_uri, output_uri, policy=policy), MAX_RUNS))
     if not runs:
@@ -67,22 +86,22 @@ def _with_status(
     statuses = last_statuses([*rows.requests, *rows.invalid], runs)
     return replace(
         rows,
-        requests=tuple(row for row in rows.requests if statuses.get(row.row) in wanted),
-        invalid=tuple(row for row in rows.invalid if statuses.get(row.row) in wanted),
+        requests=tuple(row for row in rows.requests if not statuses.get(row.row, NOTHING).isdisjoint(wanted)),
+        invalid=tuple(row for row in rows.invalid if not statuses.get(row.row, NOTHING).isdisjoint(wanted)),
     )
 
 
-def last_statuses(rows: Sequence[Row], runs: Sequence[EarlierRun]) -> dict[int, ClipStatus]:
-    """The status of each row, by its line, in the first of `runs` that had it.
+def last_statuses(rows: Sequence[Row], runs: Sequence[EarlierRun]) -> dict[int, frozenset[str]]:
+    """How each row, by its line, ended in the first of `runs` that had it.
 
     A row is known again by its clip_id. One whose clip_id is new, as one derived from its content is once the row was
     mended, is taken for the row that stood on its line, if that one is gone.
     """
     present = {row.clip_id for row in rows}
-    statuses: dict[int, ClipStatus] = {}
+    statuses: dict[int, frozenset[str]] = {}
     for run in runs:
-        by_clip_id = {earlier.clip_id: earlier.status for earlier in run}
-        by_line = {earlier.row: earlier.status for earlier in run if earlier.clip_id not in present}
+        by_clip_id = {earlier.clip_id: earlier.ended_as for earlier in run}
+        by_line = {earlier.row: earlier.ended_as for earlier in run if earlier.clip_id not in present}
         for row in rows:
             status = by_clip_id.get(row.clip_id) or by_line.get(row.row)
             if status and row.row not in statuses:

@@ -9,7 +9,6 @@ import pytest
 
 from tasks.errors import RefusedError
 from tasks.form import RenderOptions
-from tasks.jobs import ClipStatus
 from tasks.selection import choose_rows
 from tasks.storage import DEFAULT_POLICY
 
@@ -22,15 +21,27 @@ def write_manifest(folder: Path, rows: list[str], header: str = "clip_id,referen
     return path
 
 
-def leave_run(output: Path, run_id: str, manifest: Path, statuses: dict[tuple[int, str], str]) -> None:
-    """The files of an earlier run that say which row came to what; keys are line and clip_id."""
+def leave_run(
+    output: Path,
+    run_id: str,
+    manifest: Path,
+    statuses: dict[tuple[int, str], str],
+    verdicts: dict[str, str] | None = None,
+) -> None:
+    """The files of an earlier run that say which row came to what.
+
+    Args:
+        statuses: By line and clip_id.
+        verdicts: On clips, by clip_id.
+    """
     folder = output / "runs" / run_id
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"run": {"manifest_uri": str(manifest)}}))
-    lines = [
-        json.dumps({"row": row, "clip_id": clip_id, "status": status, "video": None})
-        for (row, clip_id), status in statuses.items()
-    ]
+    lines = []
+    for (row, clip_id), status in statuses.items():
+        verdict = (verdicts or {}).get(clip_id)
+        metrics = verdict and {"num_frames": 5, "quality": {"verdict": verdict, "numbers": {}}}
+        lines.append(json.dumps({"row": row, "clip_id": clip_id, "status": status, "metrics": metrics}))
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -51,6 +62,16 @@ def test_only_rows_with_one_of_the_statuses_are_taken(tmp_path):
     assert take("failed") == ["clip-1", "clip-3"]
     assert take("failed", "invalid") == ["clip-1", "clip-2", "clip-3"]
     assert take() == ["clip-0", "clip-1", "clip-2", "clip-3"]
+
+
+def test_rows_are_also_chosen_by_the_verdict_on_their_clip(tmp_path):
+    manifest = write_manifest(tmp_path, GOOD_ROWS)
+    run = {(2, "clip-0"): "failed", (3, "clip-1"): "rendered", (4, "clip-2"): "skipped"}
+    verdicts = {"clip-1": "needs_review", "clip-2": "ok"}
+    leave_run(tmp_path / "out", "20261101T000000Z-a", manifest, run, verdicts)
+
+    assert chosen(manifest, tmp_path / "out", only_status=("needs_review",)) == ["clip-1"]
+    assert chosen(manifest, tmp_path / "out", only_status=("failed", "needs_review")) == ["clip-0", "clip-1"]
 
 
 def test_the_limit_counts_the_chosen_rows(tmp_path):
@@ -96,11 +117,11 @@ def test_rows_that_are_still_malformed_are_chosen_as_well(tmp_path):
     run = {(2, "clip-0"): "failed", (3, "clip-1"): "rendered", (6, "line-6"): "invalid"}
     leave_run(tmp_path / "out", "20261101T000000Z-a", manifest, run)
 
-    def take(status: ClipStatus) -> list[str]:
+    def take(status: str) -> list[str]:
         return chosen(manifest, tmp_path / "out", only_status=(status,), skip_invalid=True)
 
-    assert take(ClipStatus.FAILED) == ["clip-0"]
-    assert len(take(ClipStatus.INVALID)) == 1
+    assert take("failed") == ["clip-0"]
+    assert len(take("invalid")) == 1
 
 
 def test_without_an_earlier_run_there_is_no_status_to_choose_by(tmp_path):
