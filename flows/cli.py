@@ -23,7 +23,9 @@ from tasks.checkpoint import inspect_checkpoint, miniature, write_demo_checkpoin
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast
 from tasks.form import SELECTABLE, RenderOptions
+from tasks.health import Service, check_health
 from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, plan_line
+from tasks.scheduler import LOCAL_HOST, PORT, become, scheduler_spec
 from tasks.selection import choose_rows
 from tasks.settings import Settings
 from tasks.storage import StorageError
@@ -45,7 +47,7 @@ SkipInvalidOption = Annotated[bool, typer.Option("--skip-invalid", help="Render 
 WorkersOption = Annotated[
     str | None,
     typer.Option(
-        help="`local`, a number of processes, or a Dask scheduler's tcp://host:port. [default: SCAIL_WORKERS]"
+        help="`local`, a number of processes, or a Dask scheduler's tls://host:port. [default: SCAIL_WORKERS]"
     ),
 ]
 PriorityOption = Annotated[int, typer.Option(help="On a cluster, runs with a higher number come first.")]
@@ -178,18 +180,20 @@ def check(
 
 @app.command()
 def worker(
-    scheduler: Annotated[str, typer.Argument(help="Address of the Dask scheduler, tcp://host:port.")],
+    scheduler: Annotated[str, typer.Argument(help="Address of the Dask scheduler, tls://host:port.")],
     checkpoint: CheckpointOption = None,
 ) -> None:
     """Render for a Dask cluster: one process per visible GPU, each with the model loaded, until told to end."""
     from tasks.worker import keep_workers, worker_specs
 
+    settings = Settings()
     try:
         cluster.check_address(scheduler)
-        model = inspect_checkpoint(checkpoint or Settings().checkpoint)
+        model = inspect_checkpoint(checkpoint or settings.checkpoint)
+        gpus = cluster.visible_gpus()
+        specs = worker_specs(scheduler, checkpoint=model.path, gpus=gpus, tls_dir=settings.tls_dir)
     except RefusedError as error:
         _refuse(error)
-    specs = worker_specs(scheduler, checkpoint=model.path, gpus=cluster.visible_gpus())
     keep_workers(scheduler, specs, say=lambda line: err.print(line, markup=False))
 
 
@@ -289,6 +293,53 @@ def resume(run: RunArgument) -> None:
 def cancel(run: RunArgument) -> None:
     """Have a run stop its clips at their next denoising step and end; what is published stays."""
     _ask(control.cancel, run, "stops")
+
+
+@app.command()
+def scheduler(
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need SCAIL_TLS_DIR.")] = (
+        LOCAL_HOST
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535)] = PORT,
+) -> None:
+    """Connect renders and workers: the Dask scheduler of a cluster."""
+    try:
+        spec = scheduler_spec(host, port, Settings().tls_dir)
+    except RefusedError as error:
+        _refuse(error)
+    become(spec)
+
+
+@app.command()
+def certificates(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where they are written; kept from others.")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address of a machine of the cluster; once for each.")
+    ] = None,
+) -> None:
+    """Make the certificates of a cluster's machines. Run again, it makes new ones of the same authority."""
+    from tasks.tls import NODE, write_certificates
+
+    try:
+        ends = write_certificates(folder, host or [])
+    except RefusedError as error:
+        _refuse(error)
+    out.print(
+        f"valid until {ends:%Y-%m-%d}; set SCAIL_TLS_DIR to {folder / NODE}, copied to every machine", markup=False
+    )
+
+
+@app.command()
+def health(
+    service: Annotated[Service, typer.Argument(help="What to ask.")],
+    address: Annotated[str | None, typer.Argument(help="The Dask scheduler's. [default: SCAIL_WORKERS]")] = None,
+) -> None:
+    """Say whether a service of a cluster does its work; for health checks."""
+    try:
+        out.print(check_health(service, address or Settings().workers), markup=False)
+    except RefusedError as error:
+        err.print(str(error), markup=False)
+        raise typer.Exit(ExitCode.SOME_FAILED) from error
 
 
 @app.command()

@@ -79,13 +79,35 @@ def parse_workers(text: str) -> Workers:
         return Workers(num_processes=int(text))
     if _ADDRESS.fullmatch(text):
         return Workers(address=text)
-    raise RefusedError(f"workers is {text!r}; expected `local`, a number of processes, or tcp://host:port")
+    raise RefusedError(f"workers is {text!r}; expected `local`, a number of processes, or tls://host:port")
 
 
 def check_address(scheduler: str) -> None:
     """Raises RefusedError if this is no scheduler's address."""
     if not _ADDRESS.fullmatch(scheduler):
-        raise RefusedError(f"the scheduler is {scheduler!r}; expected tcp://host:port")
+        raise RefusedError(f"the scheduler is {scheduler!r}; expected tls://host:port, or tcp:// on this machine")
+
+
+def check_encryption(address: str, tls_dir: Path | None) -> None:
+    """Raises RefusedError if a scheduler's address and this machine's certificates do not go together."""
+    if address.startswith("tls://") and tls_dir is None:
+        raise RefusedError(f"{address} asks for certificates: name their folder in SCAIL_TLS_DIR")
+    if address.startswith("tcp://") and tls_dir is not None:
+        raise RefusedError(f"SCAIL_TLS_DIR is set, and {address} is not encrypted; expected tls://host:port")
+
+
+def connection_arguments(address: str, tls_dir: Path | None) -> dict[str, Any]:
+    """What a client needs to know beside a scheduler's address.
+
+    Raises:
+        RefusedError: If the address and the certificates do not go together, or these are not all there.
+    """
+    check_encryption(address, tls_dir)
+    if tls_dir is None:
+        return {"timeout": CLIENT_TIMEOUT_SECONDS}
+    from tasks.tls import client_security
+
+    return {"timeout": CLIENT_TIMEOUT_SECONDS, "security": client_security(tls_dir)}
 
 
 def task_runner(workers: Workers, checkpoint: str) -> TaskRunner[Any]:
@@ -102,9 +124,10 @@ def task_runner(workers: Workers, checkpoint: str) -> TaskRunner[Any]:
     _set_up_dask()
     from prefect_dask import DaskTaskRunner
 
-    client_kwargs = {"timeout": CLIENT_TIMEOUT_SECONDS}
     if workers.address:
+        client_kwargs = connection_arguments(workers.address, Settings().tls_dir)
         return cast(Any, DaskTaskRunner(address=workers.address, client_kwargs=client_kwargs))
+    client_kwargs = {"timeout": CLIENT_TIMEOUT_SECONDS}
     settings = {"num_processes": workers.num_processes, "checkpoint": checkpoint}
     runner = DaskTaskRunner(cluster_class=local_cluster, cluster_kwargs=settings, client_kwargs=client_kwargs)
     return cast(Any, runner)
@@ -140,6 +163,7 @@ def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
 
     environment = {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
     options = {"nthreads": THREADS_PER_WORKER, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
+    options["dashboard_address"] = "127.0.0.1:0"  # without a dashboard there is still a page of figures
     specs = {
         index: {
             "cls": Nanny,

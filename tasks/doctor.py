@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from scail.errors import ScailError
 from scail.fingerprint import check_folder, read_model_config
 from tasks.settings import Settings
+from tasks.tls import describe_certificate
 
 
 class Finding(NamedTuple):
@@ -24,8 +26,10 @@ def examine(checkpoint: str) -> list[Finding]:
         "decord": _decord,
         "torch": _torch,
         "scratch": _scratch,
-        "Prefect API": _prefect_api,
+        "Prefect API": prefect_api,
     }
+    if (tls_dir := Settings().tls_dir) is not None:
+        checks["TLS"] = partial(describe_certificate, tls_dir)
     return [*_checkpoint(checkpoint), *(_run(what, check) for what, check in checks.items())]
 
 
@@ -79,7 +83,8 @@ def _scratch() -> str:
     return f"{scratch_dir} can be written"
 
 
-def _prefect_api() -> str:
+def prefect_api() -> str:
+    """Where Prefect's API is; raises whatever keeps it from answering."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 

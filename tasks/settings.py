@@ -74,7 +74,13 @@ class Settings(BaseSettings):
     )
     max_download_bytes: int = Field(2 * 1024**3, gt=0, description="Largest input file.")
     allow_private_addresses: bool = Field(False, description="Lets https inputs come from private networks.")
-    workers: str = Field("local", description="`local`, a number of processes of this machine, or `tcp://host:port`.")
+    workers: str = Field(
+        "local", description="`local`, a number of processes of this machine, or a scheduler's `tls://host:port`."
+    )
+    tls_dir: Path | None = Field(
+        None,
+        description="This machine's certificates, DIR/node of `scail certificates`; for clusters of many machines.",
+    )
     max_starts: int = Field(3, ge=1, description="Workers that may die of a clip before its row fails.")
     claim_seconds: float = Field(60.0, gt=0, description="A worker silent for so long has lost its clip to others.")
     stage_limit_seconds: float = Field(7200.0, gt=0, description="A Dask worker with a clip stuck so long is killed.")

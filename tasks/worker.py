@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tasks.cluster import DASK_SETTINGS, THREADS_PER_WORKER
+from tasks.cluster import DASK_SETTINGS, THREADS_PER_WORKER, check_encryption
+from tasks.tls import dask_environment
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,17 @@ class WorkerSpec:
     environment: Mapping[str, str]
 
 
-def worker_specs(scheduler: str, *, checkpoint: str, gpus: list[str]) -> list[WorkerSpec]:
-    """A worker for each GPU; one without a GPU where there is none."""
+def worker_specs(scheduler: str, *, checkpoint: str, gpus: list[str], tls_dir: Path | None = None) -> list[WorkerSpec]:
+    """A worker for each GPU; one without a GPU where there is none.
+
+    Raises:
+        RefusedError: If the scheduler's address and the certificates in `tls_dir` do not go together.
+    """
+    check_encryption(scheduler, tls_dir)
     announced = {"DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload", "tasks.announce"]'}
     environment = DASK_SETTINGS | announced | os.environ | {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
+    if tls_dir:
+        environment |= dask_environment(tls_dir)
     specs = []
     for gpu in gpus or [""]:
         name = f"{socket.gethostname()}-{os.getpid()}" + (f"-gpu{gpu}" if gpu else "")
@@ -56,7 +64,7 @@ def worker_specs(scheduler: str, *, checkpoint: str, gpus: list[str]) -> list[Wo
 def _dask_worker(scheduler: str, name: str) -> list[str]:
     command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--name", name]
     command += ["--nworkers", "1", "--nthreads", str(THREADS_PER_WORKER), "--nanny", "--memory-limit", "0"]
-    command += ["--no-dashboard"]
+    command += ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]  # a page of figures is there all the same
     if _host(scheduler) in {"127.0.0.1", "localhost"}:
         command += ["--host", "127.0.0.1"]  # a scheduler that only this machine reaches: so are its workers
     return command
