@@ -22,6 +22,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED = "published"
 MAX_LOST = 10  # starts whose worker died, at whatever stage; most of them will have died of something else
+CLOSING_LOOK_SECONDS = 1.0  # a worker that was told to end, and may be killed any moment, puts that on record soon
 LOOKS_PER_CLAIM = 6  # so often a worker says that it is alive before others may think that it is not
 NEWS_PER_LOOK = 4  # at most so often it says in between how far it has come; stores take one write a second
 
@@ -82,7 +84,7 @@ class OpenAttempt:
 
     def enter(self, stage: AttemptStage) -> None:
         """Put the stage on record before it begins: if the worker dies in it, that will have been the place."""
-        self.check()
+        self.check(finishing=stage is AttemptStage.PUBLISHING)
         self._write(stage=stage)
 
     def reached(self, steps: int) -> None:
@@ -93,15 +95,18 @@ class OpenAttempt:
     def confirm(self) -> None:
         """Ask the store whether the clip is still ours; stop if it is not."""
         self.look()
-        self.check()
+        self.check(finishing=True)
 
-    def check(self) -> None:
+    def check(self, *, finishing: bool = False) -> None:
         """Stop if this worker is to end, or has lost the clip, or the run was cancelled. Costs nothing.
+
+        Args:
+            finishing: What is left of the clip takes seconds, so that a worker which is to end may do it.
 
         Raises:
             Interrupted: One of its kinds in `tasks/errors.py`.
         """
-        if worker_closing.is_set():
+        if worker_closing.is_set() and not finishing:
             raise WorkerClosingError("the worker was told to end")
         if self._record.run_id in stopped_runs:
             raise RunCancelledError("the run was stopped")
@@ -139,8 +144,7 @@ class OpenAttempt:
 
     def _pulse(self) -> None:
         while not self._ended.wait(self._interval_seconds / NEWS_PER_LOOK):
-            self._news.wait(self._interval_seconds)
-            self._news.clear()
+            self._wait_for_news()
             if self._ended.is_set():
                 return
             try:
@@ -149,8 +153,16 @@ class OpenAttempt:
             except StorageError as error:
                 logger.warning("attempt %d of %s goes on unrecorded: %s", self._record.number, self._key, error)
 
+    def _wait_for_news(self) -> None:
+        """Returns when a step was made, this worker was told to end, or it is time to say that it is alive."""
+        deadline = time.monotonic() + self._interval_seconds
+        while not self._news.wait(min(self._interval_seconds, CLOSING_LOOK_SECONDS)) and time.monotonic() < deadline:
+            if worker_closing.is_set() and not self._record.told_to_end:
+                break
+        self._news.clear()
+
     def _state(self) -> dict[str, object]:
-        return {"seen_at": _now(), "steps": self._steps}
+        return {"seen_at": _now(), "steps": self._steps, "told_to_end": worker_closing.is_set()}
 
     def _write(self, **changes: object) -> None:
         with self._writing:
@@ -237,7 +249,7 @@ def worker_name() -> str:
 
 
 def _refuse_poison(earlier: Sequence[Attempt], max_starts: int) -> None:
-    deadly = list(takewhile(lambda attempt: attempt.outcome in {None, DeviceFaultError.__name__}, reversed(earlier)))
+    deadly = list(takewhile(_was_deadly, reversed(earlier)))
     computing = [attempt for attempt in deadly if attempt.stage is AttemptStage.COMPUTING]
     furthest = max((attempt.steps for attempt in deadly), default=0)
     blamed = [attempt for attempt in computing if attempt.steps == furthest]
@@ -248,6 +260,10 @@ def _refuse_poison(earlier: Sequence[Attempt], max_starts: int) -> None:
         f"{len(deadly)} workers in a row ended while they had this clip, so it is given to no other: {where}. "
         "If something else ended them, render the row again as it is: another run counts anew."
     )
+
+
+def _was_deadly(attempt: Attempt) -> bool:
+    return attempt.outcome in {None, DeviceFaultError.__name__} and not attempt.told_to_end
 
 
 def _is_alive(attempt: Attempt, claim_seconds: float) -> bool:

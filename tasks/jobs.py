@@ -184,6 +184,7 @@ class Attempt(BaseModel):
         seen_at: When the worker last said that it is alive; all times are ISO 8601, UTC.
         steps: Denoising steps that it had behind it then.
         outcome: `published`, or the class of what was raised. None while it goes on, and for ever if its worker died.
+        told_to_end: Whether its worker was: if that died then, it did not die of the clip.
     """
 
     model_config = _Frozen
@@ -195,6 +196,7 @@ class Attempt(BaseModel):
     seen_at: str
     stage: AttemptStage = AttemptStage.PREPARING
     steps: int = 0
+    told_to_end: bool = False
     outcome: str | None = None
     message: str | None = None
 

@@ -1,4 +1,4 @@
-"""What a Dask worker does before it registers: it starts its watchdog and loads the model.
+"""What a Dask worker does before it registers: it starts its watchdog, loads the model and learns how to end.
 
 Named to Dask as a preload, so that it runs again whenever the nanny starts the process anew.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail.fingerprint import checkpoint_fingerprint
-from tasks import attempts, watchdog
+from tasks import attempts, ending, watchdog
 from tasks.resident import load_pipeline
 from tasks.scratch import sweep_scratch
 from tasks.settings import Settings
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from distributed import Worker
 
 
-def dask_setup(_worker: Worker) -> None:
+def dask_setup(worker: Worker) -> None:
     settings = Settings()
     watchdog.start()
     sweep_scratch(settings.scratch_dir)
     fingerprint = checkpoint_fingerprint(Path(settings.checkpoint))
     load_pipeline(settings.checkpoint, fingerprint, settings.device, settings.dtype, settings.compiled)
+    ending.listen(worker)  # last: until here there is nothing that a signal could interrupt too soon
 
 
 def dask_teardown(_worker: Worker) -> None:

@@ -168,7 +168,7 @@ def compute(
     def on_step(done: int, total: int) -> None:
         report("denoise", done, total)
         attempt.reached(done)
-        attempt.check()
+        attempt.check(finishing=done == total)
 
     plainly: AbstractContextManager[None] = nullcontext()
     if attempt.follows(GenerationError):

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a worker that lived so long is started again at once
-GRACE_SECONDS = 30.0  # for clips in flight to stop, before what is left is killed
+GRACE_SECONDS = 24.0  # for clips in flight to end (tasks/ending.py), before what is left is killed
 
 FAULT_EXIT_CODE = 77
 
@@ -49,8 +49,11 @@ def worker_specs(scheduler: str, *, checkpoint: str, gpus: list[str], tls_dir: P
         RefusedError: If the scheduler's address and the certificates in `tls_dir` do not go together.
     """
     check_encryption(scheduler, tls_dir)
-    announced = {"DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload", "tasks.announce"]'}
-    environment = DASK_SETTINGS | announced | os.environ | {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
+    preloads = {
+        "DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload", "tasks.announce"]',
+        "DASK_DISTRIBUTED__NANNY__PRELOAD": '["tasks.ending"]',
+    }
+    environment = DASK_SETTINGS | preloads | os.environ | {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
     if tls_dir:
         environment |= dask_environment(tls_dir)
     specs = []
@@ -86,7 +89,12 @@ def _keep(scheduler: str, spec: WorkerSpec, stopping: threading.Event, say: Call
     pause = 1.0
     while _wait_for(scheduler, stopping, say):
         started_at = time.monotonic()
-        process = subprocess.Popen(spec.command, env=dict(spec.environment), stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            spec.command,
+            env=dict(spec.environment),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is for us: a nanny that hears a second signal dies of it
+        )
         while process.poll() is None:
             if stopping.wait(0.2):
                 _end(process)

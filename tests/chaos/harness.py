@@ -1,4 +1,4 @@
-"""A Prefect server, a Dask scheduler and two `scail worker` on this machine, to be killed at will."""
+"""A Prefect server, a `scail scheduler` and two `scail worker` on this machine, to be killed at will; all over TLS."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -30,6 +31,10 @@ from tasks.attempts import read_attempts
 from tasks.cluster import DASK_SETTINGS
 from tasks.jobs import Attempt, AttemptStage, ClipMetrics, DoneRecord
 from tasks.storage import DEFAULT_POLICY
+from tasks.tls import NODE, client_security, write_certificates
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
@@ -123,7 +128,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        return f"tcp://127.0.0.1:{self.ports['scheduler']}"
+        return f"tls://127.0.0.1:{self.ports['scheduler']}"
 
     @property
     def api_url(self) -> str:
@@ -132,6 +137,10 @@ class Cluster:
     @property
     def checkpoint(self) -> Path:
         return self.root / "checkpoint"
+
+    @property
+    def tls_dir(self) -> Path:
+        return self.root / "certificates" / NODE
 
     @property
     def chaos_dir(self) -> Path:
@@ -159,6 +168,7 @@ class Cluster:
             "SCAIL_MIN_FREE_SCRATCH_BYTES": str(MIN_FREE_BYTES),
             "SCAIL_SCRATCH_DIR": str(self.scratch_dir),
             "SCAIL_STAGE_LIMIT_SECONDS": str(STAGE_LIMIT_SECONDS),
+            "SCAIL_TLS_DIR": str(self.tls_dir),
             **({"STORAGE_EMULATOR_HOST": self.bucket_url} if self.bucket_url else {}),
         }
         return os.environ | DASK_SETTINGS | own
@@ -167,6 +177,7 @@ class Cluster:
         self.chaos_dir.mkdir(parents=True, exist_ok=True)
         self.scratch_dir.mkdir()
         write_random_checkpoint(self.checkpoint, SCAIL_TINY, seed=0)
+        write_certificates(self.tls_dir.parent, [])
         self.start_server()
         self.start_scheduler()
         for number in range(NUM_WORKERS):
@@ -182,10 +193,7 @@ class Cluster:
         self._spawn("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", self.ports["server"])
 
     def start_scheduler(self) -> None:
-        port = self.ports["scheduler"]
-        self._spawn(
-            "scheduler", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"
-        )
+        self._spawn("scheduler", "flows.cli", "scheduler", "--port", self.ports["scheduler"])
 
     def start_worker(self, number: int) -> None:
         """Each with a scratch disk of its own, so small that it can be filled, where the machine lets us mount one."""
@@ -207,12 +215,15 @@ class Cluster:
     def wait_for_workers(self, num_workers: int = NUM_WORKERS) -> None:
         wait_until(lambda: len(self.workers()) >= num_workers, f"{num_workers} workers are registered", 120)
 
-    def workers(self) -> list[int]:
-        """Process ids of the workers that the scheduler knows."""
+    def connect(self) -> Client:
         from distributed import Client
 
+        return Client(self.address, set_as_default=False, timeout=5, security=client_security(self.tls_dir))
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers that the scheduler knows."""
         try:
-            with Client(self.address, timeout=5, set_as_default=False) as client:
+            with self.connect() as client:
                 return list(client.run(os.getpid).values())
         except OSError:
             return []

@@ -256,14 +256,12 @@ def test_two_runs_of_one_manifest_render_each_clip_once(cluster, tmp_path):
 
 
 def test_a_finished_clip_whose_worker_died_is_looked_up_and_not_rendered_again(cluster, tmp_path):
-    from distributed import Client
-
     from tasks.render import render_clip
 
     output = tmp_path / "out"
     [job] = plan_of(write_clips(tmp_path, ["hello"]), output, cluster.checkpoint)
     render = partial(render_clip.fn, output_uri=str(output), run_id="a-run")
-    with Client(cluster.address, set_as_default=False) as client:
+    with cluster.connect() as client:
         future = client.submit(render, job, pure=False)  # kept alive, so Dask has to compute it again
         worker = future.result(timeout=60).metrics.attempt_log[-1].worker
         psutil.Process(int(worker.rpartition(":")[2])).kill()

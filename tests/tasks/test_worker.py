@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from tasks.jobs import Attempt, AttemptStage
 from tasks.scratch import clip_scratch, sweep_scratch
 from tasks.settings import Settings
 from tasks.storage import DEFAULT_POLICY, StorageError
+from tasks.tls import write_certificates
 
 KEY = "0" * 32
 
@@ -246,6 +248,41 @@ def test_a_worker_told_to_end_leaves_its_clips_between_two_steps(output, monkeyp
             attempt.check()
 
 
+def test_a_worker_told_to_end_finishes_what_has_its_last_step_behind_it(output, monkeypatch):
+    monkeypatch.setattr(attempts, "worker_closing", threading.Event())
+
+    with started(output) as attempt:
+        attempt.enter(AttemptStage.COMPUTING)
+        attempts.worker_closing.set()
+        attempt.check(finishing=True)
+        attempt.enter(AttemptStage.PUBLISHING)
+        attempt.confirm()
+
+    assert [record.outcome for record in recorded(output)] == [PUBLISHED]
+
+
+def test_it_is_on_record_at_once_that_a_worker_was_told_to_end(output, monkeypatch):
+    monkeypatch.setattr(attempts, "worker_closing", threading.Event())
+    monkeypatch.setattr(attempts, "CLOSING_LOOK_SECONDS", 0.05)
+
+    with started(output, claim_seconds=600.0):
+        attempts.worker_closing.set()
+        deadline = time.monotonic() + 20
+        while not recorded(output)[0].told_to_end and time.monotonic() < deadline:
+            time.sleep(0.05)
+        during = recorded(output)[0]
+
+    assert (during.told_to_end, during.outcome) == (True, None)
+
+
+def test_workers_that_were_told_to_end_are_not_held_against_a_clip(output):
+    for number in (1, 2, 3):
+        leave_record(output, number, silent_seconds=100, told_to_end=True)
+
+    with started(output) as attempt:
+        assert attempt.log[-1].number == 4
+
+
 def test_a_folder_in_scratch_belongs_to_one_process_at_a_time(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from tasks.scratch import clip_scratch\n"
@@ -333,6 +370,17 @@ def test_there_is_one_worker_per_gpu_and_each_sees_its_own(tmp_path):
     assert all(spec.environment["SCAIL_CHECKPOINT"] == str(tmp_path) for spec in specs)
     assert len({spec.name for spec in specs}) == 2
     assert len(worker.worker_specs("tcp://127.0.0.1:8786", checkpoint=str(tmp_path), gpus=[])) == 1
+
+
+def test_workers_and_their_nannies_find_the_certificates_in_their_environment(tmp_path):
+    write_certificates(tmp_path, [])
+    node = tmp_path / "node"
+
+    [spec] = worker.worker_specs("tls://gpu:8786", checkpoint=str(tmp_path), gpus=[], tls_dir=node)
+
+    assert spec.environment["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] == "true"
+    assert spec.environment["DASK_DISTRIBUTED__COMM__TLS__WORKER__CERT"] == str(node / "node.pem")
+    assert json.loads(spec.environment["DASK_DISTRIBUTED__NANNY__PRELOAD"]) == ["tasks.ending"]
 
 
 def test_a_worker_that_ended_without_an_error_is_started_again(tmp_path):
