@@ -180,21 +180,33 @@ def check(
 
 @app.command()
 def worker(
-    scheduler: Annotated[str, typer.Argument(help="Address of the Dask scheduler, tls://host:port.")],
+    scheduler: Annotated[
+        str | None, typer.Argument(help="Address of the Dask scheduler, tls://host:port. [default: SCAIL_WORKERS]")
+    ] = None,
     checkpoint: CheckpointOption = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Listen here. [default: any free port]")] = None,
+    contact_address: Annotated[
+        str | None, typer.Option(help="Where the scheduler reaches that port, if not at this machine's own address.")
+    ] = None,
 ) -> None:
     """Render for a Dask cluster: one process per visible GPU, each with the model loaded, until told to end."""
     from tasks.worker import keep_workers, worker_specs
 
     settings = Settings()
     try:
-        cluster.check_address(scheduler)
+        cluster.check_address(address := scheduler or settings.workers)
         model = inspect_checkpoint(checkpoint or settings.checkpoint)
-        gpus = cluster.visible_gpus()
-        specs = worker_specs(scheduler, checkpoint=model.path, gpus=gpus, tls_dir=settings.tls_dir)
+        specs = worker_specs(
+            address,
+            checkpoint=model.path,
+            gpus=cluster.visible_gpus(),
+            tls_dir=settings.tls_dir,
+            port=port,
+            contact_address=contact_address,
+        )
     except RefusedError as error:
         _refuse(error)
-    keep_workers(scheduler, specs, say=lambda line: err.print(line, markup=False))
+    keep_workers(address, specs, say=lambda line: err.print(line, markup=False))
 
 
 InboxArgument = Annotated[str, typer.Argument(help="URI of the folder into which manifests are uploaded.")]

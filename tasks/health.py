@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoint import inspect_checkpoint
 from tasks.cluster import check_address, connection_arguments
 from tasks.doctor import prefect_api
 from tasks.errors import RefusedError
@@ -19,6 +20,7 @@ class Service(StrEnum):
     SERVER = "server"  # Prefect's API answers; for the server and for whoever needs it
     SCHEDULER = "scheduler"  # the Dask scheduler answers
     WORKER = "worker"  # a worker of this machine is registered: its model is loaded
+    CHECKPOINT = "checkpoint"  # the model's files are there and fit together
 
 
 def check_health(service: Service, address: str) -> str:
@@ -33,6 +35,9 @@ def check_health(service: Service, address: str) -> str:
     """
     if service is Service.SERVER:
         return _server()
+    if service is Service.CHECKPOINT:
+        model = inspect_checkpoint(Settings().checkpoint)
+        return f"{model.path}: {model.name}, fingerprint {model.fingerprint}"
     check_address(address)
     workers = _workers(address, Settings().tls_dir)
     if service is Service.SCHEDULER:

@@ -56,7 +56,7 @@ class QualitySettings(BaseSettings):
 class Settings(BaseSettings):
     """What differs from machine to machine. What differs from clip to clip is in the manifest."""
 
-    model_config = SettingsConfigDict(env_prefix="SCAIL_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SCAIL_", env_ignore_empty=True, frozen=True)
 
     checkpoint: str = Field("checkpoints/SCAIL-14B", description="Folder written by `scail convert`.")
     device: str = Field("auto", description="`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one.")

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tasks.cluster import DASK_SETTINGS, THREADS_PER_WORKER, check_encryption
+from tasks.cluster import DASK_SETTINGS, THREADS_PER_WORKER, check_address, check_encryption
+from tasks.errors import RefusedError
 from tasks.tls import dask_environment
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ STEADY_SECONDS = 60.0  # a worker that lived so long is started again at once
 GRACE_SECONDS = 24.0  # for clips in flight to end (tasks/ending.py), before what is left is killed
 
 FAULT_EXIT_CODE = 77
+LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost"})
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,30 @@ class WorkerSpec:
     environment: Mapping[str, str]
 
 
-def worker_specs(scheduler: str, *, checkpoint: str, gpus: list[str], tls_dir: Path | None = None) -> list[WorkerSpec]:
+def worker_specs(
+    scheduler: str,
+    *,
+    checkpoint: str,
+    gpus: list[str],
+    tls_dir: Path | None = None,
+    port: int | None = None,
+    contact_address: str | None = None,
+) -> list[WorkerSpec]:
     """A worker for each GPU; one without a GPU where there is none.
 
+    Args:
+        scheduler: Its address.
+        checkpoint: A folder on this machine.
+        gpus: From `visible_gpus`.
+        tls_dir: The setting.
+        port: On which a worker listens; any free one if absent. For machines whose ports are mapped one by one.
+        contact_address: At which the scheduler reaches that port.
+
     Raises:
-        RefusedError: If the scheduler's address and the certificates in `tls_dir` do not go together.
+        RefusedError: If the address and the certificates do not go together, or several GPUs would share a port.
     """
     check_encryption(scheduler, tls_dir)
+    listening = _listening(scheduler, port, contact_address, len(gpus))
     preloads = {
         "DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload", "tasks.announce"]',
         "DASK_DISTRIBUTED__NANNY__PRELOAD": '["tasks.ending"]',
@@ -60,16 +79,30 @@ def worker_specs(scheduler: str, *, checkpoint: str, gpus: list[str], tls_dir: P
     for gpu in gpus or [""]:
         name = f"{socket.gethostname()}-{os.getpid()}" + (f"-gpu{gpu}" if gpu else "")
         own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-        specs.append(WorkerSpec(name, tuple(_dask_worker(scheduler, name)), environment | own))
+        specs.append(WorkerSpec(name, (*_dask_worker(scheduler, name), *listening), environment | own))
     return specs
+
+
+def _listening(scheduler: str, port: int | None, contact_address: str | None, num_gpus: int) -> list[str]:
+    if contact_address is not None:
+        check_address(contact_address)
+        if port is None:
+            raise RefusedError(f"{contact_address} leads to some port of this machine; name it with --port")
+    if port is not None and num_gpus > 1:
+        raise RefusedError(f"{num_gpus} GPUs and one port: start a worker for each, with its own CUDA_VISIBLE_DEVICES")
+    if contact_address is None:
+        # A scheduler that only this machine reaches: so are its workers.
+        options = ["--host", "127.0.0.1"] if _host(scheduler) in LOCAL_HOSTS else []
+        return options + (["--worker-port", str(port)] if port else [])
+    own_host = "127.0.0.1" if _host(contact_address) in LOCAL_HOSTS else "0.0.0.0"  # encrypted, where it is not local
+    scheme = urlsplit(contact_address).scheme
+    return ["--listen-address", f"{scheme}://{own_host}:{port}", "--contact-address", contact_address]
 
 
 def _dask_worker(scheduler: str, name: str) -> list[str]:
     command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--name", name]
     command += ["--nworkers", "1", "--nthreads", str(THREADS_PER_WORKER), "--nanny", "--memory-limit", "0"]
     command += ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]  # a page of figures is there all the same
-    if _host(scheduler) in {"127.0.0.1", "localhost"}:
-        command += ["--host", "127.0.0.1"]  # a scheduler that only this machine reaches: so are its workers
     return command
 
 

@@ -265,7 +265,7 @@ def test_it_is_on_record_at_once_that_a_worker_was_told_to_end(output, monkeypat
     monkeypatch.setattr(attempts, "worker_closing", threading.Event())
     monkeypatch.setattr(attempts, "CLOSING_LOOK_SECONDS", 0.05)
 
-    with started(output, claim_seconds=600.0):
+    with started(output, claim_seconds=8.0):
         attempts.worker_closing.set()
         deadline = time.monotonic() + 20
         while not recorded(output)[0].told_to_end and time.monotonic() < deadline:
