@@ -172,6 +172,13 @@ def table(soak: Soak, given: list[str], seconds: float) -> tuple[list[tuple[str,
         ("model loads", soak.cluster.model_loads()),
         ("encodings reused", sum(hits.values())),
     ]
+    lines += [
+        (
+            f"failed: {clip}, {given[int(clip.split('-')[1])]}",
+            f"{rows[clip]['error_class']}: {rows[clip]['message'][:160]}",
+        )
+        for clip in sorted(failed)
+    ]
     lines += [("outcome: " + name, count) for name, count in Counter(a.outcome or "none" for a in attempts).items()]
     growths = sorted(soak.memory.growths(), key=lambda growth: growth.role)
     judged = [growth for growth in growths if growth.role.split()[0] in JUDGED]

