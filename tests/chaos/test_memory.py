@@ -29,7 +29,7 @@ def test_what_grows_by_a_fiftieth_over_the_run_is_not_flat():
 
 
 def test_of_processes_that_followed_one_another_the_one_that_saw_most_clips_is_judged():
-    log = log_of(lambda done: 100.0)
+    log = log_of(lambda _: 100.0)
     log.samples["coordinator", 2] = [Sample(done, float(done)) for done in range(500, 620)]
     log.samples["coordinator", 3] = [Sample(done, float(done)) for done in range(700, 710)]  # too brief to tell
 
