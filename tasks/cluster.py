@@ -35,7 +35,7 @@ SLOTS_VALID_SECONDS = 2.0
 TELL_SECONDS = 5.0
 
 # Found by killing schedulers, workers and nannies, and by watching what grows. A setting that is in the environment
-# already stays as it is. A scheduler that is started by hand wants the same: docs/batches.md.
+# already stays as it is.
 DASK_SETTINGS = {
     "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "50",  # a clip's own count of starts decides, not Dask's blame
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # longer than any stretch that holds the interpreter's lock
