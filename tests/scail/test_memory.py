@@ -210,3 +210,50 @@ def test_auto_takes_the_fastest_policy_for_which_there_is_room(free_gb, quantiza
 
 def test_auto_on_a_cpu_leaves_everything_where_it_is(sizes):
     assert memory.choose_policy("auto", sizes["none"], CPU)[0] == "resident"
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+CUDA = torch.device("cuda", 0)
+WIDE = replace(
+    SCAIL_TINY,
+    transformer=replace(SCAIL_TINY.transformer, num_layers=7, hidden_size=1024, num_heads=8, ffn_size=4096),
+)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(
+    ("memory_policy", "quantization", "compiled"),
+    [("low", "none", False), ("balanced", "none", False), ("low", "fp8", True)],
+)
+def test_on_a_gpu_blocks_that_are_copied_beside_the_computing_give_the_same_bits(
+    memory_policy, quantization, compiled, reference, pose, monkeypatch
+):
+    monkeypatch.setattr(memory._Sizes, "num_blocks_within", lambda _sizes, _budget: 3)
+    latents = {}
+    for policy in ("resident", memory_policy):
+        runtime = RuntimeConfig(memory=policy, quantization=quantization, compiled=compiled)
+        pipeline = bench.random_pipeline(WIDE, device=CUDA, dtype=torch.bfloat16, runtime=runtime)
+        latents[policy] = [
+            pipeline(reference, pose, "a dancer", params=PARAMS, size=(256, 448)).latents for _ in range(2)
+        ]
+
+    first = latents["resident"][0]
+    assert all(torch.equal(first, again) for again in (latents["resident"][1], *latents[memory_policy]))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("policy", ["resident", "low"])
+def test_on_a_gpu_a_checkpoint_arrives_whole_under_every_policy(policy, tiny_checkpoint):
+    from scail.checkpoint import load_networks, load_transformer
+
+    networks = load_networks(
+        tiny_checkpoint, device=CUDA, dtype=torch.bfloat16, runtime=RuntimeConfig(memory=policy, quantization="int8")
+    )
+    expected = load_transformer(tiny_checkpoint, device="cpu", dtype=torch.bfloat16)
+    quantize_blocks(expected, "int8")
+
+    found = {key: tensor.cpu() for key, tensor in networks.transformer.state_dict().items()}
+    for key, tensor in expected.state_dict().items():
+        assert (found[key].float() - tensor.float()).abs().max() <= (1 if tensor.dtype == torch.int8 else 1e-6), key
