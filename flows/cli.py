@@ -531,6 +531,7 @@ def _plan(rows: Rows, output: str | None, options: RenderOptions) -> tuple[Plan 
         rows.requests,
         output_uri=output,
         checkpoint_fingerprint=model.fingerprint,
+        stored_quantization=model.quantization,
         default_profile=profile,
         policy=settings.storage_policy(),
         threads=settings.planning_threads,

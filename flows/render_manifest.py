@@ -72,6 +72,7 @@ def render_manifest(manifest: str, output: str, options: RenderOptions = DEFAULT
         rows.requests,
         output_uri=output,
         checkpoint_fingerprint=model.fingerprint,
+        stored_quantization=model.quantization,
         default_profile=options.profile,
         policy=settings.storage_policy(),
         threads=settings.planning_threads,

@@ -6,6 +6,7 @@ Importing this module costs nothing: no torch, so that a process that only plans
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Literal
 
 Quantization = Literal["none", "fp8", "int8"]
@@ -178,6 +179,11 @@ class LoraFile:
             return cls(path, float(strength)) if colon else cls(text.strip())
         except ValueError:
             return cls(text.strip())
+
+    @property
+    def name(self) -> str:
+        """File name and strength, for the record."""
+        return f"{PurePath(self.path).name}:{self.strength:g}"
 
     def __str__(self) -> str:
         return f"{self.path}:{self.strength:g}"

@@ -25,6 +25,7 @@ from scail.config import (
 )
 from scail.encodings import EncodingCache
 from scail.errors import InvalidInputError, OutOfMemoryError
+from scail.fingerprint import read_loras
 from scail.geometry import check_size, target_size
 from scail.memory import Placement
 from scail.models.attention import choose_attention
@@ -47,6 +48,7 @@ class ScailPipeline:
         attention: The backend that was chosen, for the record.
         quantization: Of the transformer's matrix products, likewise.
         placement: Who owns the weights' places; without one they are all on the device.
+        loras: In the weights, each as name and strength, for the record.
     """
 
     transformer: ScailTransformer
@@ -59,6 +61,7 @@ class ScailPipeline:
     attention: str = "sdpa"
     quantization: Quantization = "none"
     placement: Placement | None = None
+    loras: tuple[str, ...] = ()
 
     @property
     def memory(self) -> PlacementPolicy:
@@ -98,6 +101,7 @@ class ScailPipeline:
             dtype=dtype,
             quantization=networks.quantization,
             placement=networks.placement,
+            loras=(*read_loras(path), *(lora.name for lora in runtime.loras)),
         )
 
     @torch.inference_mode()

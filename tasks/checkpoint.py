@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from scail.fingerprint import check_folder, checkpoint_fingerprint, read_model_config, read_notice
+from scail.config import LoraFile, Quantization
+from scail.errors import CheckpointError
+from scail.fingerprint import (
+    check_folder,
+    checkpoint_fingerprint,
+    read_loras,
+    read_model_config,
+    read_notice,
+    read_quantization,
+)
 from tasks.errors import RefusedError
+from tasks.settings import Settings
 
 MINIATURE = Path(__file__).parent.parent / "scail" / "mini" / "checkpoint"
 
@@ -20,25 +33,70 @@ class CheckpointInfo:
         name: Of the model, from its index.
         fingerprint: Of its files.
         notice: What a viewer of the clips must know, such as that the weights are random; else empty.
+        quantization: How the transformer's weights are stored.
+        loras: That are in the weights, or are fused into them while they are loaded; each as name and strength.
     """
 
     path: str
     name: str
     fingerprint: str
     notice: str
+    quantization: Quantization = "none"
+    loras: tuple[str, ...] = ()
 
 
-def inspect_checkpoint(path: str) -> CheckpointInfo:
-    """Look at a checkpoint folder without loading it.
+def inspect_checkpoint(path: str, loras: Sequence[LoraFile] | None = None) -> CheckpointInfo:
+    """Look at a checkpoint folder, and at the LoRAs that are to be fused into it, without loading either.
+
+    Args:
+        path: The folder.
+        loras: Those of the settings if absent.
 
     Raises:
         RefusedError: With one line for each thing that is wrong with it.
     """
-    folder = Path(path)
-    if problems := check_folder(folder):
+    folder, loras = Path(path), Settings().loras() if loras is None else loras
+    problems = check_folder(folder)
+    problems += [f"LoRA {lora.path} is not a file" for lora in loras if not Path(lora.path).is_file()]
+    if not problems and loras and (stored := read_quantization(folder)) != "none":
+        problems.append(f"it is quantised ({stored}) and takes no LoRA; fuse it before: scail convert --lora")
+    if problems:
         raise RefusedError(f"checkpoint {path} cannot be used", problems)
-    name = read_model_config(folder).name
-    return CheckpointInfo(str(folder), name, checkpoint_fingerprint(folder), read_notice(folder))
+    return CheckpointInfo(
+        path=str(folder),
+        name=read_model_config(folder).name,
+        fingerprint=model_fingerprint(folder, loras),
+        notice=read_notice(folder),
+        quantization=read_quantization(folder),
+        loras=(*read_loras(folder), *(lora.name for lora in loras)),
+    )
+
+
+def model_fingerprint(folder: Path, loras: Sequence[LoraFile]) -> str:
+    """The checkpoint's fingerprint, and another one for each way to fuse LoRAs into it.
+
+    Raises:
+        CheckpointError: If the folder is not a checkpoint or a LoRA is not there.
+    """
+    fingerprint = checkpoint_fingerprint(folder)
+    if not loras:
+        return fingerprint
+    lines = [f"{_file_hash(Path(lora.path))}:{lora.strength:g}" for lora in loras]
+    return hashlib.sha256("\n".join((fingerprint, *lines)).encode()).hexdigest()[:32]
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        stat = path.stat()
+        return _hash_of_version(path, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise CheckpointError(f"LoRA {path} cannot be read: {error}") from error
+
+
+@cache
+def _hash_of_version(path: Path, _size: int, _mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def miniature() -> Path | None:

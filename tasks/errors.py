@@ -4,7 +4,7 @@ what happened                        where             attempts
 bad input, wrong checkpoint          nowhere           1    the same bytes fail the same way
 storage that may recover             the same worker   3    backoff and jitter; what was rendered is kept
 no room in scratch                   the same worker   3    other clips end meanwhile and free theirs
-out of GPU memory                    the same worker   2    after everything that can be freed was
+out of GPU memory                    the same worker   4    all freed; then under cheaper memory policies
 not finite, or black                 the same worker   2    the second time with plain kernels and nothing compiled
 a fault of the GPU                   another worker    -    the process replaces itself: its CUDA context is lost
 a worker lost, stopped, superseded   another worker    -
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from prefect.tasks import Task
 
 MAX_ATTEMPTS = 3
-RETRY_DELAYS_SECONDS = [2.0, 8.0]  # before the second and the third attempt; Prefect adds the jitter
+MAX_MEMORY_ATTEMPTS = 4  # as it was, freed, and the two cheaper policies
+RETRY_DELAYS_SECONDS = [2.0, 8.0, 8.0]  # before the second attempt, the third, …; Prefect adds the jitter
 RETRY_JITTER = 0.5
 
 _LOST_WORKER = frozenset(
@@ -99,7 +100,9 @@ def policy_for(error: BaseException) -> Policy:
     match error:
         case StorageError(transient=True) | ScratchFullError():
             return Policy(Where.SAME_WORKER, MAX_ATTEMPTS)
-        case OutOfMemoryError() | GenerationError():
+        case OutOfMemoryError():
+            return Policy(Where.SAME_WORKER, MAX_MEMORY_ATTEMPTS)
+        case GenerationError():
             return Policy(Where.SAME_WORKER, 2)
         case RunCancelledError():
             return Policy(Where.NOWHERE)

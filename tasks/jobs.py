@@ -14,7 +14,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from scail.config import DEFAULT_PROFILE, NUMERICS_VERSION, PROFILES, SIZE_MULTIPLE, SamplingParams
+from scail.config import (
+    DEFAULT_PROFILE,
+    NUMERICS_VERSION,
+    PROFILES,
+    SIZE_MULTIPLE,
+    PlacementPolicy,
+    Quantization,
+    SamplingParams,
+)
 from scail.quality import Finding, QualityNumbers, Verdict
 
 CLIP_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -244,6 +252,11 @@ class ClipMetrics(BaseModel):
     cache_hits: tuple[str, ...] = ()  # encodings that an earlier clip on the same worker had computed
     device: str
     attention: str = "sdpa"  # the backend that computed the transformer's softmaxes
+    profile: str = DEFAULT_PROFILE
+    quantization: Quantization = "none"  # of the transformer's matrix products, as they were computed
+    memory: PlacementPolicy = "resident"  # the policy under which the weights were placed
+    loras: tuple[str, ...] = ()  # in the weights, each as name and strength
+    notes: tuple[str, ...] = ()  # where the clip was rendered in another way than was asked for
     quality: ClipQuality | None = None  # None: rendered by a version that did not measure it
     checkpoint_fingerprint: str
     versions: dict[str, str]

@@ -63,7 +63,8 @@ __all__ = [
 _FREE_TEXT = ("prompt", "negative_prompt")  # the spaces around it are the author's
 URI_COLUMNS = ("reference", "pose", "driving")  # relative ones resolve against the manifest's folder
 RESERVED_COLUMNS = ("ref_mask", "pose_mask", "mode")
-UNSUPPORTED_COLUMNS = ("lora", "lora_scale", "audio")
+LORA_COLUMNS = ("lora", "lora_scale")
+UNSUPPORTED_COLUMNS = (*LORA_COLUMNS, "audio")
 REMOTE_SCHEMES = ("gs", "s3", "https", "memory")
 _ALLOWED = ", ".join(f"{scheme}://" for scheme in REMOTE_SCHEMES)
 
@@ -356,6 +357,8 @@ def _unsupported_cells(cells: dict[str, str]) -> Iterator[Finding]:
     for name in (*RESERVED_COLUMNS, *UNSUPPORTED_COLUMNS):
         if cell := cells.get(name, "").strip():
             why = "is reserved for SCAIL-2" if name in RESERVED_COLUMNS else "is not supported in this version"
+            if name in LORA_COLUMNS:
+                why = "differs from row to row, LoRAs do not: they are fused into a run's weights (SCAIL_LORA)"
             yield Finding(name, cell, f"the column {why}: leave the cell empty")
     if (driving := cells.get("driving", "").strip()) and not cells.get("pose", "").strip():
         message = "a driving video without a pose is not supported in this version: extract the pose, name it in `pose`"

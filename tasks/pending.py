@@ -59,6 +59,7 @@ def is_done(manifest_uri: str, output_uri: str, options: RenderOptions, *, setti
             rows.requests,
             output_uri=output_uri,
             checkpoint_fingerprint=model.fingerprint,
+            stored_quantization=model.quantization,
             default_profile=options.profile,
             policy=settings.storage_policy(),
             threads=settings.planning_threads,

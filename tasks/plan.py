@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from scail.config import PROFILES, SCAIL_14B
-from scail.errors import CheckpointError
+from scail.config import PROFILES, SCAIL_14B, Quantization
+from scail.errors import CheckpointError, InvalidInputError
 from scail.fingerprint import read_model_config
 from tasks import storage
 from tasks.checkpoint import CheckpointInfo
@@ -104,6 +104,7 @@ def plan_clips(
     default_profile: str,
     policy: StoragePolicy,
     threads: int,
+    stored_quantization: Quantization = "none",
 ) -> Plan:
     """Hash the inputs, look for done records, and sort the rows by what has to be done for them.
 
@@ -115,7 +116,10 @@ def plan_clips(
     check_profile(default_profile)
     with ThreadPoolExecutor(threads) as pool:
         hashes = _hash_inputs(requests, policy, pool)
-        keyed = [_key_row(request, hashes, checkpoint_fingerprint, default_profile) for request in requests]
+        keyed = [
+            _key_row(request, hashes, checkpoint_fingerprint, default_profile, stored_quantization)
+            for request in requests
+        ]
         keys = list(dict.fromkeys(item.key for item in keyed if isinstance(item, ClipJob)))
         done = _find_all_done(output_uri, keys, policy, pool)
     jobs: dict[str, ClipJob] = {}
@@ -149,10 +153,21 @@ def _hash_inputs(requests: Sequence[ClipRequest], policy: StoragePolicy, pool: T
 
 
 def _key_row(
-    request: ClipRequest, hashes: Hashes, checkpoint_fingerprint: str, default_profile: str
+    request: ClipRequest,
+    hashes: Hashes,
+    checkpoint_fingerprint: str,
+    default_profile: str,
+    stored_quantization: Quantization,
 ) -> ClipJob | ClipResult:
     if not request.enabled:
         return result_of(request, ClipStatus.DISABLED)
+    profile = request.profile or default_profile
+    if stored_quantization != "none" and PROFILES[profile].quantization == "none":
+        message = (
+            f"line {request.row}: the checkpoint is quantised ({stored_quantization}), profile {profile} needs the "
+            "weights it was made of; render with quality or fast"
+        )
+        return result_of(request, ClipStatus.FAILED).failed_by(InvalidInputError(message))
     reference_hash, pose_hash = hashes[request.reference], hashes[request.pose]
     for column, found in (("reference", reference_hash), ("pose", pose_hash)):
         if isinstance(found, StorageError):
@@ -171,7 +186,7 @@ def _key_row(
         key=key,
         params=params,
         checkpoint_fingerprint=checkpoint_fingerprint,
-        profile=request.profile or default_profile,
+        profile=profile,
     )
 
 

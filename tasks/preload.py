@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scail.fingerprint import checkpoint_fingerprint
 from tasks import attempts, ending, watchdog
-from tasks.resident import load_pipeline
+from tasks.checkpoint import model_fingerprint
+from tasks.resident import load_pipeline, pipeline_spec
 from tasks.scratch import sweep_scratch
 from tasks.settings import Settings
 
@@ -22,8 +22,8 @@ def dask_setup(worker: Worker) -> None:
     settings = Settings()
     watchdog.start()
     sweep_scratch(settings.scratch_dir)
-    fingerprint = checkpoint_fingerprint(Path(settings.checkpoint))
-    load_pipeline(settings.checkpoint, fingerprint, settings.device, settings.dtype, settings.compiled)
+    fingerprint = model_fingerprint(Path(settings.checkpoint), settings.loras())
+    load_pipeline(pipeline_spec(settings.checkpoint, fingerprint, profile=settings.profile, settings=settings))
     ending.listen(worker)  # last: until here there is nothing that a signal could interrupt too soon
 
 

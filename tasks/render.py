@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from scail.config import PROFILES
 from scail.errors import GenerationError, OutOfMemoryError
 from scail.ffmpeg_process import ffmpeg_version, find_ffmpeg
 from tasks import errors, storage
@@ -25,7 +26,7 @@ from tasks.inputs import ClipInputs, decode_inputs, fetch_inputs
 from tasks.jobs import Attempt, AttemptStage, ClipJob, ClipMetrics, ClipQuality, ClipResult, ClipStatus, DoneRecord
 from tasks.plan import find_done, result_of
 from tasks.progress import progress_sink
-from tasks.resident import load_encodings, load_pipeline, release_memory
+from tasks.resident import load_encodings, load_pipeline, pipeline_spec, room
 from tasks.scratch import clip_scratch
 from tasks.settings import Settings
 from tasks.turns import Turn
@@ -49,7 +50,7 @@ VIDEO, POSTER, METRICS = "video.mp4", "poster.jpg", "metrics.json"
     name="render-clip",
     task_run_name="{job.request.clip_id}",
     cache_policy=NO_CACHE,
-    retries=errors.MAX_ATTEMPTS - 1,
+    retries=errors.MAX_MEMORY_ATTEMPTS - 1,
     retry_delay_seconds=errors.RETRY_DELAYS_SECONDS,
     retry_jitter_factor=errors.RETRY_JITTER,
     retry_condition_fn=errors.retry_here,
@@ -118,11 +119,11 @@ def render_to_folder(
     seconds: dict[str, float] = {}
     with Turn() as turn:
         with limit():
-            pipeline = load_pipeline(
-                checkpoint, job.checkpoint_fingerprint, settings.device, settings.dtype, settings.compiled
-            )
             inputs = prepare(job, clip_dir, report, seconds, settings=settings)
         turn.compute()
+        with limit():  # not before: the clip that computed until now may have needed another one
+            spec = pipeline_spec(checkpoint, job.checkpoint_fingerprint, profile=job.profile, settings=settings)
+            pipeline = load_pipeline(spec)
         attempt.enter(AttemptStage.COMPUTING)
         with limit():
             output, cache_hits = compute(pipeline, job, inputs, attempt, report, settings=settings)
@@ -187,6 +188,7 @@ def compute(
             on_step=on_step,
             encodings=encodings,
         )
+    room.was_enough()
     return output, tuple(encodings.hits)
 
 
@@ -238,7 +240,7 @@ def cpu_stage(name: str, report: Report, seconds: dict[str, float]) -> Iterator[
 def recover_from(error: Exception) -> None:
     """Leave the process fit for the next clip, or end it where nothing else helps."""
     if isinstance(error, OutOfMemoryError):
-        release_memory()
+        room.was_too_small()
     if isinstance(error, errors.DeviceFaultError) and in_dask_worker():
         replace_process()
 
@@ -294,11 +296,27 @@ def clip_metrics(
         cache_hits=cache_hits,
         device=torch.cuda.get_device_name(pipeline.device) if on_gpu else f"{platform.machine()} CPU",
         attention=pipeline.attention,
+        profile=job.profile,
+        quantization=pipeline.quantization,
+        memory=pipeline.memory,
+        loras=pipeline.loras,
+        notes=notes_of(job, pipeline),
         quality=quality,
         checkpoint_fingerprint=job.checkpoint_fingerprint,
         versions=software_versions(),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def notes_of(job: ClipJob, pipeline: ScailPipeline) -> tuple[str, ...]:
+    """Where a clip was rendered in another way than was asked for."""
+    profile, notes = PROFILES[job.profile], []
+    if profile.quantization not in {"none", pipeline.quantization}:
+        instead = "exact products" if pipeline.quantization == "none" else pipeline.quantization
+        notes.append(f"profile {job.profile} asks for {profile.quantization}; rendered with {instead}")
+    if profile.step_distilled and not pipeline.loras:
+        notes.append(f"profile {job.profile} is for step-distilled weights; no LoRA is known to be in these")
+    return (*notes, *([room.note] if room.note else []))
 
 
 def publish_clip(

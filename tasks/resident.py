@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from scail.config import DEFAULT_PROFILE, POLICIES, PROFILES, PlacementPolicy, RuntimeConfig
+from tasks.checkpoint import model_fingerprint
+from tasks.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -22,33 +28,149 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=1)
-def load_pipeline(checkpoint: str, fingerprint: str, device: str, dtype: str, compiled: bool = False) -> ScailPipeline:
-    """The resident pipeline; a second call with the same arguments costs nothing.
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A pipeline that may be resident.
 
-    Args:
+    Attributes:
         checkpoint: A local checkpoint folder.
-        fingerprint: What the folder's fingerprint must be.
+        fingerprint: What the fingerprint of the folder and the LoRAs must be.
         device: `auto`, or a torch device.
         dtype: `auto`, `bfloat16` or `float32`.
-        compiled: Let the compiler fuse the transformer's blocks; the first clip waits for it.
-
-    Raises:
-        CheckpointError: If the folder cannot be loaded or holds another model.
+        runtime: How it runs; a quantisation that the device is not fast at is left out.
     """
-    from scail import CheckpointError, ScailPipeline
-    from scail.config import RuntimeConfig
-    from scail.fingerprint import checkpoint_fingerprint
 
-    if (found := checkpoint_fingerprint(Path(checkpoint))) != fingerprint:
-        raise CheckpointError(f"{checkpoint} on this machine has the fingerprint {found}; expected {fingerprint}.")
-    start = time.perf_counter()
-    torch_device, torch_dtype = choose_device(device, dtype)
-    pipeline = ScailPipeline.from_pretrained(
-        checkpoint, device=torch_device, dtype=torch_dtype, runtime=RuntimeConfig(compiled=compiled)
+    checkpoint: str
+    fingerprint: str
+    device: str
+    dtype: str
+    runtime: RuntimeConfig
+
+
+def pipeline_spec(
+    checkpoint: str, fingerprint: str, *, profile: str = DEFAULT_PROFILE, settings: Settings
+) -> PipelineSpec:
+    """The pipeline for a clip of a profile, as this machine's settings and its memory allow."""
+    runtime = RuntimeConfig(
+        quantization=PROFILES[profile].quantization,
+        compiled=settings.compiled,
+        memory=room.policy or settings.memory,
+        loras=settings.loras(),
     )
-    logger.info("loaded %s on %s as %s in %.1f s", checkpoint, device, torch_dtype, time.perf_counter() - start)
+    return PipelineSpec(checkpoint, fingerprint, settings.device, settings.dtype, runtime)
+
+
+class ResidentPipeline:
+    """Keeps the pipeline used last. Another one is loaded only when this one has left the device."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spec: PipelineSpec | None = None
+        self._pipeline: ScailPipeline | None = None
+
+    def __call__(self, spec: PipelineSpec) -> ScailPipeline:
+        """The pipeline; a second call with the same spec costs nothing. Call it when no clip computes.
+
+        Raises:
+            CheckpointError: If the folder cannot be loaded or holds another model.
+            OutOfMemoryError: If it does not fit on the device.
+        """
+        with self._lock:
+            if self._pipeline is None or spec != self._spec:
+                self._drop()
+                self._pipeline = _load(spec)
+                self._spec = spec
+            return self._pipeline
+
+    def cache_clear(self) -> None:
+        """Let go of it."""
+        with self._lock:
+            self._drop()
+
+    @property
+    def policy(self) -> PlacementPolicy | None:
+        """Under which it is placed; None without one."""
+        return None if self._pipeline is None else self._pipeline.memory
+
+    def _drop(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline = self._spec = None
+            _empty_device_cache()
+
+
+load_pipeline = ResidentPipeline()
+
+
+def _load(spec: PipelineSpec) -> ScailPipeline:
+    from scail import CheckpointError, ScailPipeline
+    from scail.fingerprint import read_quantization
+    from scail.quantization import is_fast_on
+
+    folder, runtime = Path(spec.checkpoint), spec.runtime
+    if (found := model_fingerprint(folder, runtime.loras)) != spec.fingerprint:
+        loras = f" with LoRA {', '.join(map(str, runtime.loras))}" if runtime.loras else ""
+        raise CheckpointError(
+            f"{folder}{loras} has the fingerprint {found} on this machine; expected {spec.fingerprint}. Checkpoint and "
+            "SCAIL_LORA are those of whoever planned the clips."
+        )
+    start = time.perf_counter()
+    device, dtype = choose_device(spec.device, spec.dtype)
+    if runtime.quantization != "none":
+        if (stored := read_quantization(folder)) != "none":
+            runtime = replace(runtime, quantization=stored)
+        elif not is_fast_on(device, runtime.quantization):
+            logger.warning("%s is not fast on %s: its matrix products stay exact", runtime.quantization, device)
+            runtime = replace(runtime, quantization="none")
+    pipeline = ScailPipeline.from_pretrained(folder, device=device, dtype=dtype, runtime=runtime)
+    logger.info(
+        "loaded %s on %s as %s, %s, %s in %.1f s",
+        folder,
+        device,
+        dtype,
+        pipeline.quantization,
+        pipeline.memory,
+        time.perf_counter() - start,
+    )
     return pipeline
+
+
+class Room:
+    """What this process has learned about its device's memory.
+
+    After a clip found too little, it is tried again with all that can be freed; if that is not enough, the next
+    cheaper memory policy is taken, for this clip and all that follow.
+
+    Attributes:
+        policy: That was fallen back to; None while that of the settings does.
+        note: For the metrics of the clips that are rendered under it.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Take the policy of the settings again."""
+        self.policy: PlacementPolicy | None = None
+        self.note: str | None = None
+        self._failures = 0
+
+    def was_too_small(self) -> None:
+        """Make more of it."""
+        self._failures += 1
+        policy = load_pipeline.policy or self.policy or POLICIES[0]
+        cheaper = POLICIES[POLICIES.index(policy) + 1 :]
+        if self._failures > 1 and cheaper:
+            self.policy = cheaper[0]
+            self.note = f"out of memory as {policy}: {self.policy} since"
+            logger.warning("out of device memory twice as %s: this process goes on as %s", policy, self.policy)
+            load_pipeline.cache_clear()
+        release_memory()
+
+    def was_enough(self) -> None:
+        self._failures = 0
+
+
+room = Room()
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -72,9 +194,13 @@ def load_encodings(fingerprint: str, max_bytes: int) -> EncodingCache:  # noqa: 
 
 def release_memory() -> None:
     """Give back to the GPU what no clip holds."""
+    load_encodings.cache_clear()
+    _empty_device_cache()
+
+
+def _empty_device_cache() -> None:
     import torch
 
-    load_encodings.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from scail.config import DEFAULT_PROFILE
+from scail.config import DEFAULT_PROFILE, LoraFile, MemoryPolicy
 from scail.quality import Limit, QualityLimits
 from tasks.storage import StoragePolicy
 
@@ -62,6 +62,12 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="`auto`: bfloat16 on a GPU.")
     compiled: bool = Field(False, description="Let torch.compile fuse the model: a GPU is a tenth faster after 15 s.")
+    memory: MemoryPolicy = Field(
+        "auto", description="`resident`, `balanced` (24 GB) or `low` (17 GB): what of the model stays on the GPU."
+    )
+    lora: str | None = Field(
+        None, description="FILE:STRENGTH, several with commas: fused into the transformer's weights at load."
+    )
     profile: str = Field(DEFAULT_PROFILE, description="`exact`, `quality` or `fast`: of rows that name none.")
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / "scail",
@@ -95,6 +101,9 @@ class Settings(BaseSettings):
     events_token: SecretStr | None = Field(None, description="Whoever tells `scail events` of an upload must know it.")
     webhook_secret: SecretStr | None = Field(None, description="Signs what the webhook is told; unsigned if absent.")
     quality: QualitySettings = Field(default_factory=QualitySettings, description="Limits of a clip's quality.")
+
+    def loras(self) -> tuple[LoraFile, ...]:
+        return tuple(LoraFile.parse(part) for part in (self.lora or "").split(",") if part.strip())
 
     def storage_policy(self) -> StoragePolicy:
         return StoragePolicy(

@@ -25,7 +25,7 @@ HERE, ELSEWHERE, NOWHERE = Where.SAME_WORKER, Where.ANOTHER_WORKER, Where.NOWHER
         (DamagedError("cut short"), Policy(HERE, 3)),
         (PermissionDeniedError("403"), Policy(NOWHERE)),
         (errors.ScratchFullError("0 bytes"), Policy(HERE, 3)),
-        (OutOfMemoryError("80 GiB"), Policy(HERE, 2)),
+        (OutOfMemoryError("80 GiB"), Policy(HERE, 4)),
         (GenerationError("not finite"), Policy(HERE, 2)),
         (errors.DeviceFaultError("illegal address"), Policy(ELSEWHERE)),
         (errors.ClaimLostError("taken for dead"), Policy(ELSEWHERE)),
@@ -51,7 +51,7 @@ def test_what_dask_and_prefect_raise_for_a_lost_worker_goes_elsewhere():
     assert {policy_for(error).where for error in lost} == {ELSEWHERE}
 
 
-@pytest.mark.parametrize(("run_count", "expected"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("run_count", "expected"), [(1, True), (3, True), (4, False)])
 def test_prefect_repeats_a_clip_as_often_as_its_policy_says(run_count, expected):
     state, task_run = SimpleNamespace(data=OutOfMemoryError("full")), SimpleNamespace(run_count=run_count)
 

@@ -295,3 +295,20 @@ def test_a_profile_that_is_not_known_is_refused(request_of, output):
             policy=DEFAULT_POLICY,
             threads=1,
         )
+
+
+def test_a_row_that_wants_exact_products_of_rounded_weights_fails_while_planning(request_of, output):
+    found = plan_clips(
+        [request_of(2, profile="exact"), request_of(3, profile="quality")],
+        output_uri=output,
+        checkpoint_fingerprint=FINGERPRINT,
+        default_profile="exact",
+        stored_quantization="fp8",
+        policy=DEFAULT_POLICY,
+        threads=1,
+    )
+
+    [failed] = found.settled
+    assert (failed.row, failed.status) == (2, ClipStatus.FAILED)
+    assert "line 2: the checkpoint is quantised (fp8), profile exact needs the weights" in failed.message
+    assert [job.clip_id for job in found.jobs] == ["c3"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,25 +17,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import scail.video
 from scail import ScailPipeline
 from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY, SamplingParams
 from scail.encodings import EncodingCache
-from scail.errors import GenerationError
+from scail.errors import CheckpointError, GenerationError, OutOfMemoryError
 from scail.fingerprint import checkpoint_fingerprint
 from scail.models.attention import sdpa
 from scail.probe import probe_video
 from scail.quality import Verdict
 from scail.types import ScailOutput
 from scail.video import encode_video
-from tasks import render
-from tasks.errors import DeviceFaultError, ScratchFullError
+from tasks import render, resident
+from tasks.checkpoint import inspect_checkpoint
+from tasks.errors import DeviceFaultError, ScratchFullError, policy_for
 from tasks.inputs import ClipInputs
 from tasks.jobs import AttemptStage, ClipJob, ClipMetrics, ClipRequest, ClipStatus
 from tasks.render import render_clip
-from tasks.resident import load_encodings, load_pipeline
+from tasks.resident import load_encodings, load_pipeline, pipeline_spec, room
+from tasks.settings import Settings
 
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
 
@@ -60,6 +65,12 @@ def _fresh_process(tmp_path, monkeypatch):
     monkeypatch.setenv("SCAIL_SCRATCH_DIR", str(tmp_path / "scratch"))
     load_pipeline.cache_clear()
     load_encodings.cache_clear()
+    yield
+    room.forget()
+
+
+def spec_of(checkpoint: Path, **changes):
+    return pipeline_spec(str(checkpoint), checkpoint_fingerprint(checkpoint), settings=Settings(), **changes)
 
 
 def job(media: Path, number: int, *, fingerprint: str = "model", **request) -> ClipJob:
@@ -111,7 +122,7 @@ def recorder(media, monkeypatch) -> Recorder:
 
     class Pipeline:
         device = torch.device("cpu")
-        attention = "sdpa"
+        attention, quantization, memory, loras = "sdpa", "none", "resident", ()
 
         def __call__(self, *_args, **_kwargs) -> ScailOutput:
             with recorder.stage("gpu", 1.0):
@@ -161,7 +172,7 @@ def test_clips_that_share_a_reference_a_pose_or_a_prompt_encode_it_once(media, c
 
 
 def test_an_empty_prompt_and_an_empty_negative_prompt_are_one_encoding(media, checkpoint, monkeypatch):
-    pipeline = load_pipeline(str(checkpoint), checkpoint_fingerprint(checkpoint), "cpu", "float32")
+    pipeline = load_pipeline(spec_of(checkpoint))
     cache, encoded = EncodingCache(max_bytes=2**24), []
     encode = ScailPipeline.encode_prompt
     monkeypatch.setattr(ScailPipeline, "encode_prompt", lambda self, text: encoded.append(text) or encode(self, text))
@@ -179,7 +190,7 @@ def test_an_empty_prompt_and_an_empty_negative_prompt_are_one_encoding(media, ch
 
 
 def test_shared_encodings_change_no_pixel(media, checkpoint):
-    pipeline = load_pipeline(str(checkpoint), checkpoint_fingerprint(checkpoint), "cpu", "float32")
+    pipeline = load_pipeline(spec_of(checkpoint))
     reference = np.asarray(Image.open(media / "a.png"))
     pose = np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
     params, encodings = SamplingParams(num_inference_steps=2, seed=3), EncodingCache(max_bytes=2**24)
@@ -281,7 +292,7 @@ def test_metrics_tell_every_attempt(recorder, media, tmp_path, monkeypatch):
 
 def test_a_black_clip_is_rendered_once_more_by_the_plainest_code(media, checkpoint, tmp_path, monkeypatch):
     fingerprint = checkpoint_fingerprint(checkpoint)
-    pipeline = load_pipeline(str(checkpoint), fingerprint, "auto", "auto", False)
+    pipeline = load_pipeline(spec_of(checkpoint))
     block = next(pipeline.transformer.transformer_blocks())
     broken, kernels = (lambda query, _key, _value: torch.zeros_like(query)), []
     block.self_attn.attend = broken  # a kernel that fails in silence
@@ -316,3 +327,107 @@ def test_a_clip_of_noise_is_published_and_to_be_looked_at(media, checkpoint, tmp
     assert ("grain", -1.0) in {(finding.name, finding.bound) for finding in result.quality.findings}
     assert result.quality.numbers.identity is not None
     assert ClipMetrics.model_validate_json(result.metrics.model_dump_json()) == result.metrics
+
+
+def too_large_for(policies, monkeypatch):
+    """Clips run out of memory unless the model is placed in another way than `policies`."""
+    call = ScailPipeline.__call__
+
+    def bounded(self, *args, **kwargs):
+        if self.memory in policies:
+            raise OutOfMemoryError(f"does not fit as {self.memory}")
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(ScailPipeline, "__call__", bounded)
+
+
+def attempts_at(task, number_of_attempts):
+    for _ in range(number_of_attempts):
+        with pytest.raises(OutOfMemoryError):
+            task()
+
+
+def test_a_clip_without_room_is_tried_again_then_under_the_next_cheaper_policy(
+    media, checkpoint, tmp_path, monkeypatch, caplog
+):
+    too_large_for({"resident"}, monkeypatch)
+    fingerprint = checkpoint_fingerprint(checkpoint)
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+    first = partial(task, job(media, 1, fingerprint=fingerprint))
+
+    attempts_at(first, 2)
+    metrics, next_metrics = first().metrics, task(job(media, 2, fingerprint=fingerprint)).metrics
+
+    assert (metrics.memory, metrics.attempts) == ("balanced", 3)
+    assert metrics.notes == ("out of memory as resident: balanced since",)
+    assert (next_metrics.memory, next_metrics.attempts) == ("balanced", 1)  # nobody runs into the same wall again
+    assert "goes on as balanced" in caplog.text
+
+
+def test_memory_policies_come_one_after_the_other_down_to_the_last(media, checkpoint, tmp_path, monkeypatch):
+    too_large_for({"resident", "balanced"}, monkeypatch)
+    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint))
+    task = partial(render_clip.fn, clip, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+
+    attempts_at(task, 3)
+
+    assert task().metrics.memory == "low"
+
+
+def test_without_a_cheaper_policy_the_clip_fails(media, checkpoint, tmp_path, monkeypatch):
+    too_large_for({"resident", "balanced", "low"}, monkeypatch)
+    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint))
+    task = partial(render_clip.fn, clip, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+
+    attempts_at(task, 4)
+
+    last = OutOfMemoryError("full")
+    assert policy_for(last).max_attempts == 4
+
+
+def test_a_profile_whose_arithmetic_is_not_to_be_had_is_rendered_exactly_and_says_so(media, checkpoint, tmp_path):
+    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint)).model_copy(update={"profile": "quality"})
+
+    metrics = render_clip.fn(clip, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint)).metrics
+
+    assert (metrics.profile, metrics.quantization) == ("quality", "none")
+    assert metrics.notes == ("profile quality asks for fp8; rendered with exact products",)
+
+
+def test_a_lora_of_the_settings_is_in_the_pixels_the_fingerprint_and_the_metrics(
+    media, checkpoint, tmp_path, monkeypatch
+):
+    lora = tmp_path / "style.safetensors"
+    save_file({"blocks.0.ffn.2.diff_b": torch.full((48,), 3.0)}, lora)
+    plain = checkpoint_fingerprint(checkpoint)
+    monkeypatch.setenv("SCAIL_LORA", f"{lora}:0.5")
+    model = inspect_checkpoint(str(checkpoint))
+    task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+
+    metrics = task(job(media, 1, fingerprint=model.fingerprint)).metrics
+
+    assert model.fingerprint != plain
+    assert metrics.loras == model.loras == ("style.safetensors:0.5",)
+    bias = load_pipeline(pipeline_spec(str(checkpoint), model.fingerprint, settings=Settings())).transformer
+    assert (bias.state_dict()["blocks.0.ffn.2.bias"] > 1).all()
+    with pytest.raises(CheckpointError, match="has the fingerprint"):
+        task(job(media, 2, fingerprint=plain))  # planned by somebody without the LoRA
+
+
+def test_another_model_is_loaded_only_when_the_one_before_has_gone(checkpoint, monkeypatch):
+    alive = []
+    load = resident._load
+
+    def counted(spec):
+        gc.collect()
+        alive.append(sum(pipeline() is not None for pipeline in pipelines))
+        pipelines.append(weakref.ref(loaded := load(spec)))
+        return loaded
+
+    pipelines: list[weakref.ref] = []
+    monkeypatch.setattr(resident, "_load", counted)
+
+    for profile in ("exact", "quality", "exact", "exact"):
+        load_pipeline(spec_of(checkpoint, profile=profile))
+
+    assert alive == [0, 0, 0]
