@@ -358,7 +358,7 @@ def _unsupported_cells(cells: dict[str, str]) -> Iterator[Finding]:
         if cell := cells.get(name, "").strip():
             why = "is reserved for SCAIL-2" if name in RESERVED_COLUMNS else "is not supported in this version"
             if name in LORA_COLUMNS:
-                why = "differs from row to row, LoRAs do not: they are fused into a run's weights (SCAIL_LORA)"
+                why = "is not supported: LoRAs are fused into the weights of a whole run (SCAIL_LORA)"
             yield Finding(name, cell, f"the column {why}: leave the cell empty")
     if (driving := cells.get("driving", "").strip()) and not cells.get("pose", "").strip():
         message = "a driving video without a pose is not supported in this version: extract the pose, name it in `pose`"
