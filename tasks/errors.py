@@ -5,7 +5,7 @@ bad input, wrong checkpoint          nowhere           1    the same bytes fail 
 storage that may recover             the same worker   3    backoff and jitter; what was rendered is kept
 no room in scratch                   the same worker   3    other clips end meanwhile and free theirs
 out of GPU memory                    the same worker   4    all freed; then under cheaper memory policies
-not finite, or black                 the same worker   2    the second time with plain kernels and nothing compiled
+not finite, or black                 the same worker   2    the second time on the exact path
 a fault of the GPU                   another worker    -    the process replaces itself: its CUDA context is lost
 a worker lost, stopped, superseded   another worker    -
 everything else                      nowhere           1    a bug of ours does not go away

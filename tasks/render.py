@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -123,6 +123,9 @@ def render_to_folder(
         turn.compute()
         with limit():  # not before: the clip that computed until now may have needed another one
             spec = pipeline_spec(checkpoint, job.checkpoint_fingerprint, profile=job.profile, settings=settings)
+            if attempt.follows(GenerationError):  # a kernel may have failed in silence, or a kept encoding be bad
+                spec = spec.on_the_exact_path()
+                load_encodings.cache_clear()
             pipeline = load_pipeline(spec)
         attempt.enter(AttemptStage.COMPUTING)
         with limit():
@@ -137,8 +140,6 @@ def render_to_folder(
     metrics = clip_metrics(
         job, inputs, output, seconds=seconds, cache_hits=cache_hits, pipeline=pipeline, quality=quality
     )
-    if attempt.follows(GenerationError):
-        metrics = metrics.model_copy(update={"attention": "sdpa"})
     (clip_dir / METRICS).write_bytes(_json(metrics))
 
 
@@ -161,23 +162,16 @@ def compute(
     *,
     settings: Settings,
 ) -> tuple[ScailOutput, tuple[str, ...]]:
-    """The rendered clip, and which encodings it shared with earlier ones.
-
-    A clip that came out black, or was no number, is rendered by the plainest code: a kernel may have failed in silence.
-    """
+    """The rendered clip, and which encodings it shared with earlier ones."""
 
     def on_step(done: int, total: int) -> None:
         report("denoise", done, total)
         attempt.reached(done)
         attempt.check(finishing=done == total)
 
-    plainly: AbstractContextManager[None] = nullcontext()
-    if attempt.follows(GenerationError):
-        plainly = pipeline.transformer.plainly()
-        load_encodings.cache_clear()  # they may be what was wrong
     encodings = load_encodings(job.checkpoint_fingerprint, settings.encoding_cache_bytes)
     encodings.begin_clip()
-    with errors.device_faults_named(), plainly:
+    with errors.device_faults_named():
         output = pipeline(
             inputs.reference,
             inputs.pose,

@@ -46,6 +46,11 @@ class PipelineSpec:
     dtype: str
     runtime: RuntimeConfig
 
+    def on_the_exact_path(self) -> PipelineSpec:
+        """The same weights in the same place, with PyTorch's own attention, nothing compiled and nothing rounded."""
+        exact = replace(self.runtime, attention="sdpa", compiled=False, quantization="none")
+        return replace(self, runtime=exact)
+
 
 def pipeline_spec(
     checkpoint: str, fingerprint: str, *, profile: str = DEFAULT_PROFILE, settings: Settings

@@ -104,9 +104,9 @@ _INTRODUCTION = """# Quality
 Every clip's `metrics.json` holds numbers about its pictures and a verdict: `ok`, `needs_review` or `failed_quality`,
 with the numbers that are beyond a limit. `scail/quality.py` says what each number measures. A limit has two bounds:
 beyond the first somebody should look, beyond the second the clip is of no use. `SCAIL_QUALITY_FLICKER=2,8` sets
-one. A clip in which there is nothing to see (`black_percent`, `nonfinite_percent`) is rendered once more, with plain
-kernels and nothing compiled, and then its row fails; every other clip is published, and its row flagged in
-`results.csv`, `review.csv` and the report.
+one. A clip in which there is nothing to see (`black_percent`, `nonfinite_percent`) is rendered once more on
+the exact path (PyTorch's own attention, nothing compiled, nothing quantised), and then its row fails; every other clip
+is published, and its row flagged in `results.csv`, `review.csv` and the report.
 
 This page is written by `python -m scail.mini.alarms --page docs/quality.md`. The limits are set on procedural
 characters before still backgrounds: films with a moving camera, or with weights other than the miniature's, may need

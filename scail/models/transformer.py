@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -28,8 +27,6 @@ from scail.kernels.reference import layer_norm_modulate, rms_norm
 from scail.models.attention import BACKENDS, CROSS_ATTENTION, Attention, sdpa
 from scail.models.rope import RotaryTable, rotary_table
 from scail.types import Conditioning
-
-_FUSED = ("attend", "finish")  # a block's methods that `compile_blocks` replaces
 
 # Layers of a block that `prepare` alone uses: once a clip, not at every step.
 CONDITIONING_LAYERS = (
@@ -205,22 +202,8 @@ class ScailTransformer(nn.Module):
     def compile_blocks(self) -> None:
         """Let the compiler fuse what the blocks do between their matrix products; the first clip waits for it."""
         for block in self._executing_blocks():
-            for name in _FUSED:
-                setattr(block, name, torch.compile(getattr(block, name), fullgraph=True))
-
-    @contextmanager
-    def plainly(self) -> Iterator[None]:
-        """Inside, no kernel but PyTorch's own and nothing compiled; the weights stay as they are, quantised or not."""
-        blocks = list(self._executing_blocks())
-        backends = [(block.self_attn.attend, block.cross_attn.attend) for block in blocks]
-        compiled = [{name: block.__dict__.pop(name) for name in _FUSED if name in block.__dict__} for block in blocks]
-        self.use_attention("sdpa")
-        try:
-            yield
-        finally:
-            for block, (own, cross), methods in zip(blocks, backends, compiled, strict=True):
-                block.self_attn.attend, block.cross_attn.attend = own, cross
-                block.__dict__.update(methods)
+            block.attend = torch.compile(block.attend, fullgraph=True)  # type: ignore[method-assign]
+            block.finish = torch.compile(block.finish, fullgraph=True)  # type: ignore[method-assign]
 
     def _executing_blocks(self) -> Iterable[TransformerBlock]:
         """The modules that a step runs: where blocks are streamed, some of them stand for many."""

@@ -10,6 +10,7 @@ import weakref
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from safetensors.torch import save_file
 import scail.video
 from scail import ScailPipeline
 from scail.checkpoint import write_random_checkpoint
-from scail.config import SCAIL_TINY, SamplingParams
+from scail.config import SCAIL_TINY, RuntimeConfig, SamplingParams
 from scail.encodings import EncodingCache
 from scail.errors import CheckpointError, GenerationError, OutOfMemoryError
 from scail.fingerprint import checkpoint_fingerprint
-from scail.models.attention import sdpa
 from scail.probe import probe_video
 from scail.quality import Verdict
 from scail.types import ScailOutput
@@ -290,29 +290,29 @@ def test_metrics_tell_every_attempt(recorder, media, tmp_path, monkeypatch):
     assert metrics.attempt_log[-1].stage is AttemptStage.PUBLISHING
 
 
-def test_a_black_clip_is_rendered_once_more_by_the_plainest_code(media, checkpoint, tmp_path, monkeypatch):
-    fingerprint = checkpoint_fingerprint(checkpoint)
-    pipeline = load_pipeline(spec_of(checkpoint))
-    block = next(pipeline.transformer.transformer_blocks())
-    broken, kernels = (lambda query, _key, _value: torch.zeros_like(query)), []
-    block.self_attn.attend = broken  # a kernel that fails in silence
-    decode = type(pipeline).decode
+def test_a_black_clip_is_rendered_once_more_on_the_exact_path(media, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCAIL_COMPILED", "true")
+    specs, decode = [], ScailPipeline.decode
 
-    def black_by_the_broken_kernel(self, latents):
-        kernels.append(block.self_attn.attend)
-        return decode(self, latents) * (block.self_attn.attend is not broken)
+    def load(spec):
+        specs.append(spec.runtime)
+        return load_pipeline(replace(spec, runtime=replace(spec.runtime, compiled=False)))  # a compiler may be missing
 
-    monkeypatch.setattr(type(pipeline), "decode", black_by_the_broken_kernel)
+    def black_unless_exact(pipeline, latents):
+        return decode(pipeline, latents) * (len(specs) > 1)
+
+    monkeypatch.setattr(render, "load_pipeline", load)
+    monkeypatch.setattr(ScailPipeline, "decode", black_unless_exact)
     task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+    row = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint))
 
     with pytest.raises(GenerationError, match="there is nothing to see: black percent 100, above 50"):
-        task(job(media, 1, fingerprint=fingerprint))
-    result = task(job(media, 1, fingerprint=fingerprint))
+        task(row)
+    result = task(row)
 
-    assert kernels == [broken, sdpa]
-    assert block.self_attn.attend is broken  # the next clip is not slower for it
+    assert (specs[0].compiled, specs[0].attention) == (True, None)
+    assert specs[1] == RuntimeConfig(attention="sdpa", memory=specs[0].memory)
     assert [attempt.outcome for attempt in result.metrics.attempt_log] == ["GenerationError", "published"]
-    assert result.metrics.attention == "sdpa"
 
 
 def test_a_clip_of_noise_is_published_and_to_be_looked_at(media, checkpoint, tmp_path, monkeypatch):
