@@ -182,13 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     params: SamplingParams | None = None
     if options.checkpoint:
-        pipeline = ScailPipeline.from_pretrained(options.checkpoint, device=CPU, dtype=torch.float32)
+        pipeline = ScailPipeline.from_pretrained(options.checkpoint, device=device, dtype=dtype)
         params = SamplingParams(num_inference_steps=options.steps, guidance_scale=options.guidance)
     else:
-        pipeline = random_pipeline(SCAIL_MINI, device=CPU, dtype=torch.float32)
+        pipeline = random_pipeline(SCAIL_MINI, device=device, dtype=dtype)
     report = count_alarms(pipeline, num_clips=options.clips, params=params, limits=QualityLimits())
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.page:
