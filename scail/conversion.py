@@ -20,32 +20,30 @@ import logging
 import math
 import re
 import shutil
-import uuid
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from scail.checkpoint import (
     MAX_SHARD_BYTES,
-    Shard,
     compare_shapes,
     load_tokenizer,
     on_meta,
-    plan_shards,
     shapes_of,
-    write_index,
 )
 from scail.config import (
     SCAIL_14B,
     ImageEncoderConfig,
+    LoraFile,
     ModelConfig,
+    Quantization,
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
@@ -81,11 +79,11 @@ from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
 from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
+from scail.rewriting import Progress, free_folder, partial_folder, write_component
 from scail.sources import SourceFile, source_files
+from scail.weights import WeightChanges
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]  # component, its bytes written so far, its bytes in all
 
 _HEAD_SIZE = 128  # the transformer's, in every size of Wan
 _IMAGE_HEAD_SIZE = 80  # ViT-H's
@@ -150,6 +148,8 @@ def convert(
     *,
     dtype: torch.dtype = torch.bfloat16,
     heads: Heads | None = None,
+    quantization: Quantization = "none",
+    loras: Sequence[LoraFile] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_progress: Progress | None = None,
 ) -> ConversionReport:
@@ -163,6 +163,8 @@ def convert(
         dest: A folder that does not exist or is empty.
         dtype: Of transformer, text and image encoder; the VAE is written in float32.
         heads: Numbers of heads of models that were never released, such as those of tests.
+        quantization: Of the transformer's matrix products.
+        loras: Fused into the transformer before that.
         max_shard_bytes: Bound of a file of weights. From float32 files a conversion needs about 3.5 times that much
             memory: 3.0 GiB by default.
         on_progress: Called after every file with component, bytes written and bytes in all.
@@ -172,9 +174,7 @@ def convert(
         CheckpointError: If a network or the tokenizer is not found, is there twice, is incomplete, has unknown
             tensors, is quantised, damaged, or holds pickled code.
     """
-    dest = dest.absolute()
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise InvalidInputError(f"{dest} is in use; expected a new or an empty folder.")
+    dest = free_folder(dest)
     matches, unrecognised = _find_networks(source)
     tokenizer_dir = _find_tokenizer(source)
     plans, config = _plan_model(matches, heads or Heads())
@@ -182,12 +182,22 @@ def convert(
         logger.info("%s from %s", plan.match.layout.component.folder, plan.match)
         if plan.left_out:
             logger.info("%d tensors are not needed: %s", len(plan.left_out), some(plan.left_out))
-    partial_dest = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.partial")
+    changes = _changes(plans, config, quantization, loras)
+    partial_dest = partial_folder(dest)
     try:
-        write_model_config(partial_dest, config)
+        write_model_config(partial_dest, config, quantization=quantization, loras=tuple(lora.name for lora in loras))
         for plan in plans:
-            plan_dtype = torch.float32 if plan.match.layout.component is VAE else dtype
-            _write_component(plan, partial_dest, plan_dtype, max_shard_bytes, on_progress)
+            component = plan.match.layout.component
+            write_component(
+                component,
+                partial_dest,
+                shapes=plan.shapes,
+                open_source=partial(_opened, plan),
+                dtype=torch.float32 if component is VAE else dtype,
+                changes=changes if component is TRANSFORMER else WeightChanges(),
+                max_shard_bytes=max_shard_bytes,
+                on_progress=on_progress,
+            )
         _copy_tokenizer(tokenizer_dir, partial_dest)
         record_hashes(partial_dest)
         partial_dest.replace(dest)
@@ -373,30 +383,18 @@ def _image_encoder_config(shapes: Shapes, num_heads: int | None) -> ImageEncoder
     )
 
 
-def _write_component(
-    plan: _Plan, dest: Path, dtype: torch.dtype, max_shard_bytes: int, on_progress: Progress | None
-) -> None:
-    component = plan.match.layout.component
-    sizes = {ours: math.prod(shape) * dtype.itemsize for ours, shape in plan.shapes.items()}
-    shards = plan_shards(component, sizes, max_shard_bytes)
-    written = 0
-    for shard in shards:
-        _write_shard(plan, shard, dest / component.folder, dtype)
-        written += sum(sizes[ours] for ours in shard.keys)
-        if on_progress is not None:
-            on_progress(component.folder, written, sum(sizes.values()))
-    if len(shards) > 1:
-        write_index(dest / component.folder, component, shards, written)
+def _changes(
+    plans: Sequence[_Plan], config: ModelConfig, quantization: Quantization, loras: Sequence[LoraFile]
+) -> WeightChanges:
+    [shapes] = (plan.shapes for plan in plans if plan.match.layout.component is TRANSFORMER)
+    return WeightChanges.of(loras, quantization, config=config.transformer, shapes=shapes)
 
 
-def _write_shard(plan: _Plan, shard: Shard, folder: Path, dtype: torch.dtype) -> None:
-    """Write one file. The source is open no longer than that: a mapped file's pages stay while it is open."""
+@contextmanager
+def _opened(plan: _Plan) -> Iterator[Callable[[str], Tensor]]:
+    """A function that reads a tensor of ours, made of those of the source."""
     with plan.match.file.open() as read:
-        tensors = {
-            ours: plan.recipes[ours].make(lambda key: read(plan.names[key])).to(dtype).contiguous()
-            for ours in shard.keys
-        }
-        save_file(tensors, folder / shard.file_name, metadata={"format": "pt"})
+        yield lambda ours: plan.recipes[ours].make(lambda key: read(plan.names[key]))
 
 
 def _find_tokenizer(source: Path) -> Path:

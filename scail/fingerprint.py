@@ -86,6 +86,14 @@ def read_model_config(checkpoint_dir: Path) -> ModelConfig:
     )
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one of ours, whole or not."""
+    try:
+        return _read_json(folder / MODEL_INDEX).get("_class_name") == PIPELINE_CLASS
+    except CheckpointError:
+        return False
+
+
 def read_notice(checkpoint_dir: Path) -> str:
     """What a viewer of the clips must know about the weights, such as that they are random; else empty."""
     return str(_read_json(checkpoint_dir / MODEL_INDEX).get("notice", ""))

@@ -5,10 +5,12 @@ The same steps, whether a checkpoint is written (`scail convert --lora --quantiz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from scail.config import LoraFile, Quantization, TransformerConfig
@@ -51,6 +53,13 @@ class WeightChanges:
         """Whether a tensor comes out other than it went in."""
         fused = any(key in lora.deltas for lora in self.loras)
         return fused or (self.quantization != "none" and is_quantized_weight(key))
+
+    def sizes(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+        """Bytes of what `apply` makes of a tensor of that shape and dtype."""
+        count = math.prod(shape)
+        if self.quantization == "none" or not is_quantized_weight(key):
+            return {key: count * dtype.itemsize}
+        return {key: count, key + SCALE_SUFFIX: shape[0] * torch.float32.itemsize}
 
     def apply(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """A tensor of the file → the network's tensors: itself, or a quantised weight and its scales."""

@@ -269,3 +269,22 @@ def test_a_checkpoint_that_was_not_trained_misses_its_goals(checkpoint, tmp_path
 
 def test_a_folder_that_is_no_checkpoint_is_not_scored(tmp_path):
     assert scail("eval", "--checkpoint", tmp_path).exit_code == 2
+
+
+def test_a_checkpoint_of_ours_becomes_a_quantised_one_that_a_run_must_ask_for(write_manifest, tmp_path, checkpoint):
+    converted = scail("convert", checkpoint, tmp_path / "fp8", "--quantize", "fp8")
+    manifest = write_manifest({"clip_id": "a"})
+    plan = {
+        profile: scail(
+            "check", manifest, "--output", tmp_path / "out", "--checkpoint", tmp_path / "fp8", "--profile", profile
+        )
+        for profile in ("exact", "quality")
+    }
+
+    assert converted.exit_code == 0, converted.output
+    assert plan["quality"].exit_code == 0
+    assert plan["exact"].exit_code == 1
+    assert "the checkpoint is quantised (fp8), profile exact needs the weights it was made of" in plan["exact"].output
+    for arguments, message in (("--quantize", "fp4"), "expected one of none, fp8, int8"), ((), "is converted already"):
+        refused = scail("convert", checkpoint, tmp_path / "again", *arguments)
+        assert (refused.exit_code, message in refused.output) == (2, True)

@@ -277,7 +277,7 @@ def test_inputs_and_outputs_may_be_any_uri_that_storage_knows(write_manifest, me
 
 
 def test_the_checkpoint_must_be_the_one_that_was_planned_for(write_manifest, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("scail.fingerprint.checkpoint_fingerprint", lambda _folder: "another")
+    monkeypatch.setattr("tasks.resident.model_fingerprint", lambda _folder, _loras: "another")
 
     ok, summary = run(write_manifest({"clip_id": "clip"}), tmp_path / "out", checkpoint)
 
