@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
@@ -165,7 +165,11 @@ def checkpoint_fingerprint(checkpoint_dir: Path) -> str:
     Raises:
         CheckpointError: If the folder is not a checkpoint.
     """
-    hashes = record_hashes(checkpoint_dir)
+    return fingerprint_of(record_hashes(checkpoint_dir))
+
+
+def fingerprint_of(hashes: Mapping[str, Mapping[str, Any]]) -> str:
+    """The fingerprint of a folder whose `files.json` says this."""
     lines = "".join(f"{entry['sha256']}  {path}\n" for path, entry in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()[:32]
 

@@ -13,13 +13,16 @@ from scail.errors import CheckpointError
 from scail.fingerprint import (
     check_folder,
     checkpoint_fingerprint,
+    fingerprint_of,
     read_loras,
     read_model_config,
     read_notice,
     read_quantization,
 )
+from tasks.checkpoint_cache import fetch_checkpoint, fetch_descriptions, is_remote
 from tasks.errors import RefusedError
 from tasks.settings import Settings
+from tasks.storage import StorageError
 
 MINIATURE = Path(__file__).parent.parent / "scail" / "mini" / "checkpoint"
 
@@ -29,7 +32,7 @@ class CheckpointInfo:
     """A checkpoint folder as planning sees it.
 
     Attributes:
-        path: The folder.
+        path: The folder, or its URI.
         name: Of the model, from its index.
         fingerprint: Of its files.
         notice: What a viewer of the clips must know, such as that the weights are random; else empty.
@@ -49,23 +52,32 @@ def inspect_checkpoint(path: str, loras: Sequence[LoraFile] | None = None) -> Ch
     """Look at a checkpoint folder, and at the LoRAs that are to be fused into it, without loading either.
 
     Args:
-        path: The folder.
+        path: The folder, or its URI: then only its records are read.
         loras: Those of the settings if absent.
 
     Raises:
         RefusedError: With one line for each thing that is wrong with it.
     """
-    folder, loras = Path(path), Settings().loras() if loras is None else loras
-    problems = check_folder(folder)
+    settings = Settings()
+    loras = settings.loras() if loras is None else loras
+    folder, record, problems = Path(path), None, []
+    if is_remote(path):
+        try:
+            folder, record = fetch_descriptions(path, settings.cache_dir, policy=settings.storage_policy())
+        except (CheckpointError, StorageError) as error:
+            raise RefusedError(f"checkpoint {path} cannot be used: {error}") from error
+    else:
+        problems += check_folder(folder)
     problems += [f"LoRA {lora.path} is not a file" for lora in loras if not Path(lora.path).is_file()]
     if not problems and loras and (stored := read_quantization(folder)) != "none":
         problems.append(f"it is quantised ({stored}) and takes no LoRA; fuse it before: scail convert --lora")
     if problems:
         raise RefusedError(f"checkpoint {path} cannot be used", problems)
+    fingerprint = checkpoint_fingerprint(folder) if record is None else fingerprint_of(record)
     return CheckpointInfo(
-        path=str(folder),
+        path=path if is_remote(path) else str(folder),
         name=read_model_config(folder).name,
-        fingerprint=model_fingerprint(folder, loras),
+        fingerprint=with_loras(fingerprint, loras),
         notice=read_notice(folder),
         quantization=read_quantization(folder),
         loras=(*read_loras(folder), *(lora.name for lora in loras)),
@@ -78,11 +90,27 @@ def model_fingerprint(folder: Path, loras: Sequence[LoraFile]) -> str:
     Raises:
         CheckpointError: If the folder is not a checkpoint or a LoRA is not there.
     """
-    fingerprint = checkpoint_fingerprint(folder)
+    return with_loras(checkpoint_fingerprint(folder), loras)
+
+
+def with_loras(fingerprint: str, loras: Sequence[LoraFile]) -> str:
+    """A checkpoint's fingerprint once LoRAs are fused into it."""
     if not loras:
         return fingerprint
     lines = [f"{_file_hash(Path(lora.path))}:{lora.strength:g}" for lora in loras]
     return hashlib.sha256("\n".join((fingerprint, *lines)).encode()).hexdigest()[:32]
+
+
+def local_checkpoint(path: str, settings: Settings) -> Path:
+    """A checkpoint's folder on this machine; what lies in a bucket is fetched, once.
+
+    Raises:
+        CheckpointError: If there is no checkpoint.
+        StorageError: If it cannot be fetched.
+    """
+    if not is_remote(path):
+        return Path(path)
+    return fetch_checkpoint(path, settings.cache_dir, policy=settings.storage_policy())
 
 
 def _file_hash(path: Path) -> str:

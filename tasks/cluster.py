@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tasks import attempts
+from tasks.checkpoint_cache import absolute
 from tasks.errors import ClusterLostError, RefusedError
 from tasks.settings import Settings
 
@@ -161,7 +162,7 @@ def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
         raise RefusedError(f"{num_processes} workers were asked for; this machine has {len(gpus)} GPUs")
     from distributed import Nanny, Scheduler, SpecCluster
 
-    environment = {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
+    environment = {"SCAIL_CHECKPOINT": absolute(checkpoint)}
     options = {"nthreads": THREADS_PER_WORKER, "memory_limit": 0, "host": "127.0.0.1", "dashboard": False}
     options["dashboard_address"] = "127.0.0.1:0"  # without a dashboard there is still a page of figures
     specs = {

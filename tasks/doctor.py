@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from scail.errors import ScailError
 from scail.fingerprint import check_folder, read_model_config
+from tasks.checkpoint import inspect_checkpoint
+from tasks.checkpoint_cache import is_remote
+from tasks.errors import RefusedError
 from tasks.settings import Settings
 from tasks.tls import describe_certificate
 
@@ -41,6 +44,12 @@ def _run(what: str, check: Callable[[], str]) -> Finding:
 
 
 def _checkpoint(checkpoint: str) -> list[Finding]:
+    if is_remote(checkpoint):
+        try:
+            model = inspect_checkpoint(checkpoint)
+        except RefusedError as error:
+            return [Finding(False, "checkpoint", str(error))]
+        return [Finding(True, "checkpoint", f"{checkpoint}: {model.name}, fetched once by each machine")]
     folder = Path(checkpoint)
     if problems := check_folder(folder):
         return [Finding(False, "checkpoint", problem) for problem in problems]

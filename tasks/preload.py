@@ -5,11 +5,10 @@ Named to Dask as a preload, so that it runs again whenever the nanny starts the 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks import attempts, ending, watchdog
-from tasks.checkpoint import model_fingerprint
+from tasks.checkpoint import local_checkpoint, model_fingerprint
 from tasks.resident import load_pipeline, pipeline_spec
 from tasks.scratch import sweep_scratch
 from tasks.settings import Settings
@@ -22,7 +21,7 @@ def dask_setup(worker: Worker) -> None:
     settings = Settings()
     watchdog.start()
     sweep_scratch(settings.scratch_dir)
-    fingerprint = model_fingerprint(Path(settings.checkpoint), settings.loras())
+    fingerprint = model_fingerprint(local_checkpoint(settings.checkpoint, settings), settings.loras())
     load_pipeline(pipeline_spec(settings.checkpoint, fingerprint, profile=settings.profile, settings=settings))
     ending.listen(worker)  # last: until here there is nothing that a signal could interrupt too soon
 

@@ -12,11 +12,10 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail.config import DEFAULT_PROFILE, POLICIES, PROFILES, PlacementPolicy, RuntimeConfig
-from tasks.checkpoint import model_fingerprint
+from tasks.checkpoint import local_checkpoint, model_fingerprint
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class PipelineSpec:
     """A pipeline that may be resident.
 
     Attributes:
-        checkpoint: A local checkpoint folder.
+        checkpoint: A checkpoint folder, or its URI.
         fingerprint: What the fingerprint of the folder and the LoRAs must be.
         device: `auto`, or a torch device.
         dtype: `auto`, `bfloat16` or `float32`.
@@ -79,6 +78,7 @@ class ResidentPipeline:
         Raises:
             CheckpointError: If the folder cannot be loaded or holds another model.
             OutOfMemoryError: If it does not fit on the device.
+            StorageError: If it lies in a bucket and cannot be fetched.
         """
         with self._lock:
             if self._pipeline is None or spec != self._spec:
@@ -111,7 +111,7 @@ def _load(spec: PipelineSpec) -> ScailPipeline:
     from scail.fingerprint import read_quantization
     from scail.quantization import is_fast_on
 
-    folder, runtime = Path(spec.checkpoint), spec.runtime
+    folder, runtime = local_checkpoint(spec.checkpoint, Settings()), spec.runtime
     if (found := model_fingerprint(folder, runtime.loras)) != spec.fingerprint:
         loras = f" with LoRA {', '.join(map(str, runtime.loras))}" if runtime.loras else ""
         raise CheckpointError(

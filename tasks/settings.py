@@ -58,7 +58,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SCAIL_", env_ignore_empty=True, frozen=True)
 
-    checkpoint: str = Field("checkpoints/SCAIL-14B", description="Folder written by `scail convert`.")
+    checkpoint: str = Field("checkpoints/SCAIL-14B", description="Folder written by `scail convert`, or its URI.")
+    cache_dir: Path = Field(
+        default_factory=lambda: Path.home() / ".cache" / "scail", description="Checkpoints fetched from a bucket."
+    )
     device: str = Field("auto", description="`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="`auto`: bfloat16 on a GPU.")
     compiled: bool = Field(False, description="Let torch.compile fuse the model: a GPU is a tenth faster after 15 s.")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tasks.checkpoint_cache import absolute
 from tasks.cluster import DASK_SETTINGS, THREADS_PER_WORKER, check_address, check_encryption
 from tasks.errors import RefusedError
 from tasks.tls import dask_environment
@@ -72,7 +73,7 @@ def worker_specs(
         "DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload", "tasks.announce"]',
         "DASK_DISTRIBUTED__NANNY__PRELOAD": '["tasks.ending"]',
     }
-    environment = DASK_SETTINGS | preloads | os.environ | {"SCAIL_CHECKPOINT": str(Path(checkpoint).absolute())}
+    environment = DASK_SETTINGS | preloads | os.environ | {"SCAIL_CHECKPOINT": absolute(checkpoint)}
     if tls_dir:
         environment |= dask_environment(tls_dir)
     specs = []

@@ -1,0 +1,151 @@
+"""Checkpoints in a bucket: planned without their weights, fetched once, checked."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from scail.checkpoint import write_random_checkpoint
+from scail.config import SCAIL_TINY
+from scail.errors import CheckpointError
+from scail.fingerprint import check_folder, checkpoint_fingerprint
+from tasks import checkpoint_cache, doctor, storage
+from tasks.checkpoint import inspect_checkpoint, local_checkpoint
+from tasks.checkpoint_cache import fetch_checkpoint
+from tasks.errors import RefusedError
+from tasks.settings import Settings
+from tasks.storage import DEFAULT_POLICY, DamagedError
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_random_checkpoint(folder, SCAIL_TINY, seed=0)
+    return folder
+
+
+@pytest.fixture
+def bucket(original, tmp_path) -> str:
+    """The folder in a store without local paths; another one for each test."""
+    uri = f"memory://{tmp_path.name}/SCAIL_TINY"
+    for path in original.rglob("*"):
+        if path.is_file():
+            storage.publish_file(path, storage.join(uri, path.relative_to(original).as_posix()))
+    return uri
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("SCAIL_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def downloads(monkeypatch) -> list[str]:
+    names: list[str] = []
+    download = storage.download
+    monkeypatch.setattr(storage, "download", lambda uri, path, **kw: names.append(uri) or download(uri, path, **kw))
+    return names
+
+
+def test_a_plan_needs_no_weights(bucket, original, cache, downloads):
+    model = inspect_checkpoint(bucket)
+
+    assert model.fingerprint == checkpoint_fingerprint(original)
+    assert (model.path, model.name) == (bucket, "SCAIL_TINY")
+    assert not any(name.endswith(".safetensors") for name in downloads)
+
+
+def test_the_whole_folder_is_fetched_once(bucket, original, downloads):
+    folder = local_checkpoint(bucket, Settings())
+    first = list(downloads)
+
+    assert check_folder(folder) == []
+    assert checkpoint_fingerprint(folder) == checkpoint_fingerprint(original)
+    assert (folder / WEIGHTS).read_bytes() == (original / WEIGHTS).read_bytes()
+    assert local_checkpoint(bucket, Settings()) == folder
+    assert downloads == first
+
+
+def test_what_was_fetched_is_not_hashed_again(bucket, monkeypatch):
+    folder = local_checkpoint(bucket, Settings())
+    monkeypatch.setattr("hashlib.file_digest", lambda *_args: pytest.fail("a file was read"))
+
+    checkpoint_fingerprint(folder)
+
+
+def test_of_a_changed_folder_what_changed_is_fetched_again(bucket, original, tmp_path, downloads):
+    before = local_checkpoint(bucket, Settings())
+    changed = tmp_path / "changed"
+    write_random_checkpoint(changed, SCAIL_TINY, seed=1)
+    for name in (WEIGHTS, "files.json"):
+        storage.publish_file(changed / name, storage.join(bucket, name))
+    record = json.loads((original / "files.json").read_text())
+    record[WEIGHTS] = json.loads((changed / "files.json").read_text())[WEIGHTS]
+    storage.publish_bytes(storage.join(bucket, "files.json"), json.dumps(record).encode())
+    downloads.clear()
+
+    after = local_checkpoint(bucket, Settings())
+
+    assert after == before
+    assert downloads == [storage.join(bucket, WEIGHTS)]
+    assert (after / WEIGHTS).read_bytes() == (changed / WEIGHTS).read_bytes()
+
+
+def test_a_file_that_is_not_what_its_record_says_is_refused_and_not_kept(bucket, cache):
+    storage.publish_bytes(storage.join(bucket, WEIGHTS), b"somebody else's")
+
+    with pytest.raises(DamagedError, match=r"is not the file that files\.json describes"):
+        fetch_checkpoint(bucket, cache, policy=DEFAULT_POLICY)
+
+    assert not list(cache.rglob("*.safetensors")) or not list(cache.rglob(f"*/{WEIGHTS}"))
+
+
+def test_workers_that_start_together_fetch_it_once(bucket, cache, downloads):
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: fetch_checkpoint(bucket, cache, policy=DEFAULT_POLICY), range(4)))
+
+    assert len(folders) == 1
+    assert len(downloads) == len(set(downloads))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (None, "has no files.json"),
+        ("no json", "cannot be read"),
+        ({"../../.bashrc": {"size": 1, "mtime_ns": 1, "sha256": "0"}}, "names '../../.bashrc', which no checkpoint"),
+        ({"/etc/passwd": {"size": 1, "mtime_ns": 1, "sha256": "0"}}, "which no checkpoint holds"),
+        ({"vae/config.json": {"size": 1}}, "which no checkpoint holds"),
+    ],
+)
+def test_a_folder_without_a_true_record_is_refused(record, message, bucket, cache):
+    uri = storage.join(bucket, "files.json")
+    if record is None:
+        storage.delete(uri)
+    else:
+        storage.publish_bytes(uri, record.encode() if isinstance(record, str) else json.dumps(record).encode())
+
+    with pytest.raises(CheckpointError, match=message):
+        fetch_checkpoint(bucket, cache, policy=DEFAULT_POLICY)
+    with pytest.raises(RefusedError, match=message):
+        inspect_checkpoint(bucket)
+
+
+def test_the_doctor_looks_at_a_bucket_too(bucket):
+    [finding] = doctor._checkpoint(bucket)
+    [missing] = doctor._checkpoint(f"{bucket}-none")
+
+    assert finding.ok
+    assert "SCAIL_TINY" in finding.message
+    assert not missing.ok
+
+
+def test_another_process_is_told_the_same_place(bucket):
+    assert checkpoint_cache.absolute(bucket) == bucket
+    assert checkpoint_cache.absolute("checkpoints/a") == str(Path("checkpoints/a").absolute())
