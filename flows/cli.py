@@ -107,7 +107,7 @@ def render(
     _prepare_prefect(verbose=verbose)
     from flows.progress import progress_bars
     from flows.render_manifest import render_manifest, report_uri
-    from tasks.results import Summary, closing_line, quality_line
+    from tasks.results import closing_line, quality_line, summary_in
 
     on_workers = render_manifest.with_options(task_runner=cluster.task_runner(where, model.path))
     try:
@@ -124,11 +124,11 @@ def render(
         _refuse(result)
     if isinstance(result, StorageError):
         _stopped(f"stopped: {result}")
-    if not isinstance(result, Summary):
+    if (summary := summary_in(result)) is None:
         raise result if isinstance(result, BaseException) else RuntimeError(state.message)
-    if line := quality_line(result):
+    if line := quality_line(summary):
         out.print(line, markup=False)
-    out.print(closing_line(result, report_uri(result.run)), markup=False)
+    out.print(closing_line(summary, report_uri(summary.run)), markup=False)
     raise typer.Exit(ExitCode.OK if state.is_completed() else ExitCode.SOME_FAILED)
 
 

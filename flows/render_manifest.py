@@ -28,7 +28,7 @@ from tasks.plan import Plan, Rows, forecast_plan, plan_clips, plan_line, result_
 from tasks.progress import progress_sink
 from tasks.render import render_clip, software_versions
 from tasks.report import write_report
-from tasks.results import RunInfo, Summary, closing_line, mark_success, trouble_lines, write_results
+from tasks.results import RowsFailedError, RunInfo, Summary, closing_line, mark_success, trouble_lines, write_results
 from tasks.selection import choose_rows
 from tasks.settings import Settings
 from tasks.window import run_window
@@ -158,8 +158,9 @@ def show_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: str) 
 
 def closing_state(results: Iterable[ClipResult], message: str, summary: Summary | None) -> State[Summary | None]:
     """The run's last state: failed if a row is, and then with the first reasons below the message."""
-    troubles = trouble_lines(results)
-    return (Failed if troubles else Completed)(message="\n".join([message, *troubles]), data=summary)
+    if troubles := trouble_lines(results):
+        return Failed(message="\n".join([message, *troubles]), data=RowsFailedError(message, summary))
+    return Completed(message=message, data=summary)
 
 
 def devices_of(results: Iterable[ClipResult]) -> str:

@@ -23,7 +23,7 @@ from tasks.errors import RefusedError
 from tasks.form import DEFAULT_OPTIONS, RenderOptions
 from tasks.inbox import Fate, Taken, take_next
 from tasks.plan import holding
-from tasks.results import Summary
+from tasks.results import summary_in
 from tasks.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def settle(taken: Taken, state: State[Any]) -> None:
     result = None if state.is_cancelled() else state.result(raise_on_failure=False)
     if state.is_cancelled():
         taken.settle(Fate.REFUSED, CANCELLED)
-    elif isinstance(result, Summary):
+    elif summary_in(result) is not None:
         taken.settle(Fate.DONE, f"{state.message}\n")
     else:
         logger.error("%s stays in the inbox: %s", taken.upload.uri, result)

@@ -1,7 +1,7 @@
 """What a run shows of itself in Prefect's UI: how far it is, and at the end what came of it.
 
     …-progress   while it runs: percent, counts, when it will be ready, the newest failure
-    …-results    a table with a line for each row, those without a clip first
+    …-results    a table with a line for each row, those without a clip or without a good one first
     …-summary    counts, what went wrong and how to mend it, posters
     …-report     a link to report.html, where a browser can follow one
     …-plan       of a dry run: a table of what would be rendered
@@ -32,7 +32,7 @@ from tasks import storage
 from tasks.courier import Courier
 from tasks.figures import duration, gpu_seconds, time_name
 from tasks.forecast import Forecast
-from tasks.jobs import ClipResult, ClipStatus
+from tasks.jobs import ClipQuality, ClipResult, ClipStatus
 from tasks.notify import Event, RunState, RunStatus
 from tasks.plan import Plan, Rows, plan_line
 from tasks.report import REPORT
@@ -44,8 +44,9 @@ logger = logging.getLogger(__name__)
 MIN_SECONDS_BETWEEN_UPDATES = 10.0  # each is also an event on the run's page
 MAX_TABLE_ROWS = 500
 MAX_TROUBLES = 20
+MAX_FINDINGS = 3
 MAX_POSTERS, POSTERS_PER_LINE, POSTER_WIDTH = 12, 4, 180
-MAX_CELL_CHARS = 90  # the UI's tables do not wrap
+MAX_CELL_CHARS = 52  # the UI's tables do not wrap
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]()<>#+!|~&-]")
 
@@ -89,26 +90,26 @@ class ProgressArtifact:
 
 
 def progress_text(status: RunStatus, forecast: Forecast) -> str:
-    """The words beside the bar."""
-    counts = ", ".join(f"{count} {name}" for name, count in status.counts.items() if count)
-    lines = [f"**{status.num_settled} of {status.num_rows} rows**{f': {counts}' if counts else ''}"]
+    """The words beside the bar: one paragraph, since a run's page shows no more of it."""
+    done = f"**{status.num_settled} of {status.num_rows} rows**"
+    sentences = [", ".join(f"{count} {name}" for name, count in status.counts.items() if count)]
     if status.state is RunState.STOPPED:
-        lines.append(f"Stopped: {as_text(status.message or 'before its results were written')}")
+        done = f"{done}, then stopped: {as_text(status.message or 'before its results were written')}"
     elif status.state is RunState.RUNNING and status.eta_seconds is None:
-        lines.append(f"No clip is ready yet. {_sentence(str(forecast))}")
+        done = f"{done}, no clip ready yet, {as_text(str(forecast))}"
     elif status.state is RunState.RUNNING and status.eta_seconds:
         ready_at = status.updated_at + timedelta(seconds=status.eta_seconds)
-        lines.append(f"Ready in about {duration(status.eta_seconds)}, at {_clock(ready_at, status.updated_at)}")
+        done = f"{done}, ready in {duration(status.eta_seconds)} at {_clock(ready_at, status.updated_at)}"
     if status.last_clip and status.last_clip.status in NOT_DONE:
-        lines.append(f"{as_text(status.last_clip.clip_id)}: {as_text(status.last_clip.message or '')}")
-    return "\n\n".join(lines)
+        sentences.append(f"{as_text(status.last_clip.clip_id)}: {as_text(status.last_clip.message or '')}")
+    return ". ".join(filter(None, [done, *sentences]))
 
 
 def publish_artifacts(results: Iterable[ClipResult], *, summary: Summary, report_uri: str) -> None:
     """The table, the summary and the link of a run that has ended; called by its flow."""
     manifest, output = summary.run.manifest_uri, summary.run.output_uri
     with _only_logged("results"):
-        first = nsmallest(MAX_TABLE_ROWS, results, key=lambda result: (result.status not in NOT_DONE, result.row))
+        first = nsmallest(MAX_TABLE_ROWS, results, key=_by_need)
         is_cut = sum(summary.counts.values()) > len(first)
         more = f" The first {len(first)} are here, all are in results.csv." if is_cut else ""
         create_table_artifact(
@@ -118,11 +119,13 @@ def publish_artifacts(results: Iterable[ClipResult], *, summary: Summary, report
         )
     with _only_logged("summary"):
         markdown = summary_markdown(results, summary=summary, report_uri=report_uri)
-        create_markdown_artifact(markdown, key=artifact_key(manifest, "summary"))
+        about = "What came of it, posters, what went wrong and how to mend it."
+        create_markdown_artifact(markdown, key=artifact_key(manifest, "summary"), description=about)
     if (link := storage.browser_url(report_uri)) is not None:
         with _only_logged("link"):
             text = f"Report of {storage.name(manifest)}"
-            create_link_artifact(link, link_text=text, key=artifact_key(manifest, "report"), description=text)
+            about = "The page with every clip, beside its reference and its pose."
+            create_link_artifact(link, link_text=text, key=artifact_key(manifest, "report"), description=about)
 
 
 def publish_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: str) -> None:
@@ -165,7 +168,7 @@ def summary_markdown(results: Iterable[ClipResult], *, summary: Summary, report_
     run = summary.run
     facts = [
         f"{time_name(run.device)} {duration(summary.gpu_seconds)}" if summary.gpu_seconds else "",
-        f"cost {summary.cost:,.2f}" if summary.cost is not None else "",
+        f"cost {summary.cost:,.2f}" if summary.cost else "",
         as_text(run.device) if run.device != "none" else "",
         as_text(run.checkpoint_name),
     ]
@@ -176,6 +179,7 @@ def summary_markdown(results: Iterable[ClipResult], *, summary: Summary, report_
         _report_line(report_uri, run.output_uri),
         *_trouble_section(results, sum(summary.counts[status] for status in NOT_DONE)),
         *_poster_section(results, summary.counts[ClipStatus.RENDERED] + summary.counts[ClipStatus.SKIPPED]),
+        *_review_section(results, summary.num_in_review_csv),
     ]
     return "\n\n".join(filter(None, lines)) + "\n"
 
@@ -199,8 +203,14 @@ def _table_row(result: ClipResult, output_uri: str) -> dict[str, Any]:
         "status": str(result.status),
         "time": "" if seconds is None else duration(seconds),
         "video": _video_link(result, output_uri, "video") or "",
-        "why": _short(result.message or ""),
+        "quality": str(result.quality.verdict) if result.quality else "",
+        "why": _short(_without_line(result.message or (result.quality.note if result.quality else ""), result.row)),
     }
+
+
+def _by_need(result: ClipResult) -> tuple[bool, bool, int]:
+    """Rows without a clip, then clips to look at, then the others, each in the manifest's order."""
+    return result.status not in NOT_DONE, not result.is_to_review, result.row
 
 
 def _plan_row(row: int, clip_id: str, what: str, why: str) -> dict[str, Any]:
@@ -209,6 +219,11 @@ def _plan_row(row: int, clip_id: str, what: str, why: str) -> dict[str, Any]:
 
 def _steps(params: Any) -> str:
     return f"{params.num_inference_steps} steps"
+
+
+def _without_line(message: str, row: int) -> str:
+    """The table has a column for it."""
+    return message.removeprefix(f"line {row}, ").removeprefix(f"line {row}: ")
 
 
 def _short(words: str) -> str:
@@ -227,7 +242,7 @@ def _video_link(result: ClipResult, output_uri: str, label: str) -> str | None:
 
 def _report_line(report_uri: str, output_uri: str) -> str:
     if url := storage.browser_url(report_uri):
-        return f"[**The report, with every clip**]({url}) · output `{output_uri}`"
+        return f"[The report, with every clip]({url}) · output `{output_uri}`"
     return f"The report, with every clip: `{report_uri}`"
 
 
@@ -245,6 +260,18 @@ def _trouble_section(results: Iterable[ClipResult], num_troubled: int) -> list[s
     return ["## What went wrong", "\n".join(lines), advice]
 
 
+def _review_section(results: Iterable[ClipResult], num_to_review: int) -> list[str]:
+    first = nsmallest(MAX_TROUBLES, (r for r in results if r.is_to_review), key=lambda result: result.row)
+    lines = [
+        f"- **{as_text(result.clip_id)}** ({as_text(result.quality.verdict)}): {_findings(result.quality)}"
+        for result in first
+        if result.quality
+    ]
+    if num_to_review > len(lines):
+        lines.append(f"- … and {num_to_review - len(lines)} more, in review.csv")
+    return ["## Clips to look at", "\n".join(lines)] if lines else []
+
+
 def _poster_section(results: Iterable[ClipResult], num_clips: int) -> list[str]:
     """Posters of the first clips, side by side; those that this run rendered come before those that were there."""
     first = nsmallest(
@@ -259,7 +286,7 @@ def _poster_section(results: Iterable[ClipResult], num_clips: int) -> list[str]:
     for start in range(0, len(shown), POSTERS_PER_LINE):
         group = shown[start : start + POSTERS_PER_LINE]
         cells = [
-            [f"![{as_text(result.clip_id)}]({image})" for result, image in group],
+            [f"![{result.clip_id}]({image})" for result, image in group],
             ["---"] * len(group),
             [_caption(result) for result, _ in group],
         ]
@@ -269,10 +296,15 @@ def _poster_section(results: Iterable[ClipResult], num_clips: int) -> list[str]:
     return lines
 
 
+def _findings(quality: ClipQuality) -> str:
+    more = len(quality.findings) - MAX_FINDINGS
+    return as_text("; ".join(map(str, quality.findings[:MAX_FINDINGS]))) + (f" and {more} more" if more > 0 else "")
+
+
 def _caption(result: ClipResult) -> str:
-    name = as_text(result.clip_id)
+    """The words of a link are shown as they are, and those of a clip_id need no escape."""
     url = storage.browser_url(result.video or "")
-    return f"{f'[{name}]({url})' if url else name} {result.status}"
+    return f"{f'[{result.clip_id}]({url})' if url else as_text(result.clip_id)} {result.status}"
 
 
 def _thumbnail(poster_uri: str) -> str | None:

@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 
 from scail.config import DEFAULT_SIZE, MAX_FRAMES, PROFILES
 from scail.quality import Verdict
-from tasks.figures import duration
 from tasks.forecast import DEFAULT_DEVICE, full_clip_seconds
 from tasks.jobs import ClipStatus
 from tasks.settings import Settings
@@ -44,16 +43,20 @@ def _may_be_empty(schema: dict[str, Any]) -> None:
 
 def _profile_help() -> str:
     """Each profile with the time of one clip, as far as we have measured it."""
-    choices = []
+    lines = []
     for name, profile in PROFILES.items():
-        how = [f"{profile.sampling.num_inference_steps} steps"]
-        how += ["float8" if profile.quantization == "fp8" else ""]
-        how += ["for weights with a step-distilled LoRA" if profile.step_distilled else ""]
-        how += [f"about {duration(full_clip_seconds(profile))} a clip"]
-        choices.append(f"**{name}**: {', '.join(filter(None, how))}")
+        how = [f"{_about(full_clip_seconds(profile))} a clip", f"{profile.sampling.num_inference_steps} steps"]
+        how += ["float8"] if profile.quantization == "fp8" else []
+        how += ["only for weights with a step-distilled LoRA"] if profile.step_distilled else []
+        lines.append(f"- **{name}**: {', '.join(how)}")
     height, width = DEFAULT_SIZE
     size = f"{MAX_FRAMES} frames at {height} × {width} on an {DEFAULT_DEVICE}"  # noqa: RUF001  # a sign, for readers
-    return f"Quality or speed. {'; '.join(choices)} ({size}). A row may name its own."
+    # Prefect's UI takes a line break for a space, except where a paragraph ends.
+    return "\n\n".join([f"Quality or speed, for rows that name no profile of their own ({size}).", *lines])
+
+
+def _about(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s"
 
 
 ProfileName = Annotated[str, AfterValidator(_known_profile), WithJsonSchema({"type": "string", "enum": [*PROFILES]})]

@@ -98,6 +98,24 @@ class Summary(BaseModel):
     num_in_review_csv: int = 0  # rows whose clip somebody should look at
 
 
+class RowsFailedError(Exception):
+    """Rows have no clip. It is never raised: a failed state of Prefect's holds nothing but an exception.
+
+    Attributes:
+        summary: Of the run, which was carried through all the same; None if it was dry.
+    """
+
+    def __init__(self, message: str, summary: Summary | None) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
+def summary_in(result: object) -> Summary | None:
+    """The summary that the result of a run's state holds; None if the run came to nothing."""
+    found = result.summary if isinstance(result, RowsFailedError) else result
+    return found if isinstance(found, Summary) else None
+
+
 def write_results(
     results: Collection[ClipResult], *, columns: Sequence[str], run_dir_uri: str, run: RunInfo
 ) -> Summary:

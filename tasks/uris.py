@@ -53,9 +53,9 @@ class DamagedError(StorageError):
 
 def translated(error: OSError, uri: str) -> StorageError:
     """What an error of the operating system means for a file or an object."""
-    message = f"{redact(uri)}: {type(error).__name__}: {error}"
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return NotFoundError(message)
+        return NotFoundError(f"{redact(uri)}: there is no such file")
+    message = f"{redact(uri)}: {type(error).__name__}: {error}"
     if isinstance(error, PermissionError):
         return PermissionDeniedError(message)
     transient = isinstance(error, ConnectionError | TimeoutError) or error.errno in _REPEATABLE_ERRNOS

@@ -17,15 +17,15 @@ from tasks.errors import RefusedError
 from tasks.form import RenderOptions
 from tasks.jobs import ClipStatus
 from tasks.manifest import read_manifest
-from tasks.results import Summary
+from tasks.results import Summary, summary_in
 
 
 def run(manifest: Path, output: Path, checkpoint: Path, **options) -> tuple[bool, Summary]:
     chosen = RenderOptions(checkpoint=str(checkpoint), **options)
     state = render_manifest(str(manifest), str(output), chosen, return_state=True)
-    summary = state.result(raise_on_failure=False)
-    if isinstance(summary, BaseException):
-        raise summary
+    result = state.result(raise_on_failure=False)
+    if (summary := summary_in(result)) is None:
+        raise result
     return state.is_completed(), summary
 
 

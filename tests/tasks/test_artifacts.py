@@ -59,9 +59,7 @@ def result(clip_id: str, status: ClipStatus, **changes) -> ClipResult:
 
 
 def test_progress_says_when_it_will_be_ready():
-    assert progress_text(status(), FORECAST) == (
-        "**1 of 12 rows**: 1 rendered\n\nReady in about 15 min 00 s, at 14:05 UTC"
-    )
+    assert progress_text(status(), FORECAST) == ("**1 of 12 rows**, ready in 15 min 00 s at 14:05 UTC. 1 rendered")
 
 
 def test_before_the_first_clip_the_forecast_speaks():
@@ -81,11 +79,11 @@ def test_the_newest_failure_is_shown_while_the_run_goes_on():
         message="no such file",
     )
 
-    assert progress_text(status(last_clip=note), FORECAST).endswith("\n\nmira: no such file")
+    assert progress_text(status(last_clip=note), FORECAST).endswith(". mira: no such file")
 
 
 def test_a_run_that_was_stopped_says_why():
-    assert "Stopped: KeyboardInterrupt" in progress_text(
+    assert "then stopped: KeyboardInterrupt" in progress_text(
         status(state=RunState.STOPPED, message="KeyboardInterrupt", eta_seconds=None), FORECAST
     )
 
