@@ -25,6 +25,7 @@ from tasks.errors import RefusedError
 from tasks.forecast import Forecast
 from tasks.form import SELECTABLE, RenderOptions
 from tasks.health import Service, check_health
+from tasks.measure import DEFAULT_PARTS, PARTS_HELP, measure
 from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, plan_line
 from tasks.scheduler import LOCAL_HOST, PORT, become, scheduler_spec
 from tasks.selection import choose_rows
@@ -408,13 +409,21 @@ def bench(
     height: Annotated[int, typer.Option(min=32)] = 512,
     width: Annotated[int, typer.Option(min=32)] = 896,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps; the time of one does not depend on it.")] = 2,
+    only: Annotated[str, typer.Option(help=PARTS_HELP)] = ",".join(DEFAULT_PARTS),
+    clips: Annotated[int, typer.Option(min=2, help="Clips of the part `clips`.")] = 20,
     json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
 ) -> None:
-    """Measure one clip of random weights on this machine: each stage, one forward pass, the memory."""
-    from tasks.measure import measure
-
+    """Measure random weights on this machine: each figure beside its goal, and a peer or a ceiling of this device."""
     try:
-        lines, document = measure(model, num_frames=frames, height=height, width=width, num_steps=steps)
+        lines, document = measure(
+            model,
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_steps=steps,
+            only=[part.strip() for part in only.split(",")],
+            num_clips=clips,
+        )
     except RefusedError as error:
         _refuse(error)
     out.print(lines, markup=False)

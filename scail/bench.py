@@ -7,17 +7,15 @@ Every figure is reported beside the ceiling of this very device, measured in the
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scail.bench_peers import matmul_flop_per_second, median_seconds
 from scail.checkpoint import on_meta
 from scail.config import EXACT, ModelConfig, RuntimeConfig, SamplingParams, TransformerConfig
 from scail.memory import Placement
@@ -30,7 +28,7 @@ from scail.pipeline import ScailPipeline, prepare_transformer
 from scail.pose.render import render_pose
 from scail.pose.skeleton import PoseSequence
 from scail.quantization import quantize_blocks
-from scail.types import LatentShape, num_tokens
+from scail.types import Conditioning, LatentShape, num_tokens
 
 
 def bench_clip(
@@ -43,14 +41,15 @@ def bench_clip(
     width: int,
     num_steps: int,
     runtime: RuntimeConfig = EXACT,
+    pipeline: ScailPipeline | None = None,
 ) -> dict[str, Any]:
-    """Render one clip twice, and measure the second.
+    """Render one clip twice, and measure the second; with `pipeline`, if there is one of these sizes already.
 
     Returns:
         Seconds by stage, seconds and FLOP of one forward, its rate against the device's best matrix product, the
         peak memory: plain numbers, ready for JSON.
     """
-    pipeline = random_pipeline(config, device=device, dtype=dtype, runtime=runtime)
+    pipeline = pipeline or random_pipeline(config, device=device, dtype=dtype, runtime=runtime)
     rng = np.random.default_rng(0)
     reference = rng.integers(0, 256, (height, width, 3), np.uint8)
     pose = rng.integers(0, 256, (num_frames, height, width, 3), np.uint8)
@@ -85,10 +84,9 @@ def bench_clip(
     }
 
 
-def bench_pose(
-    *, device: torch.device, num_frames: int = 65, height: int = 512, width: int = 896, frames_per_chunk: int = 32
-) -> dict[str, Any]:
+def bench_pose(*, device: torch.device, num_frames: int = 65, height: int = 512, width: int = 896) -> dict[str, Any]:
     """Milliseconds a frame of the pose renderer, one walking person; the median of three clips."""
+    frames_per_chunk = num_frames if device.type == "cuda" else 32  # a GPU wants the whole clip at once
     joints = joints_of_motion("walk", num_frames, cycles=2.0, centre=(0.0, 0.0, 2600.0))
     sequence = PoseSequence(joints[:, None], height, width)
     seconds = median_seconds(
@@ -138,6 +136,29 @@ def random_pipeline(
     )
 
 
+def random_vae(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> VideoVae:
+    """A VAE of random weights, as `random_pipeline` has it."""
+    vae: VideoVae = _randomised(lambda: VideoVae.from_config(config.vae), device, dtype)
+    return vae
+
+
+def random_conditioning(
+    config: ModelConfig, shape: LatentShape, device: torch.device, dtype: torch.dtype
+) -> Conditioning:
+    """Encodings of nothing, of the shapes that a clip's have."""
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=dtype)
+
+    image = config.image_encoder
+    return Conditioning(
+        context=draw(1, config.text_encoder.max_length, config.transformer.text_size),
+        image_embeds=draw(1, 1 + (image.image_size // image.patch_size) ** 2, config.transformer.image_size),
+        reference_latents=draw(1, 16, 1, shape.height, shape.width),
+        pose_latents=draw(1, 16, shape.num_frames, shape.height // 2, shape.width // 2),
+    )
+
+
 class FixedTokens:
     """Stands in for the tokenizer, whose files come with the weights: one token for each character."""
 
@@ -159,33 +180,23 @@ def forward_flop(config: TransformerConfig, shape: LatentShape) -> float:
     return float((config.num_layers - 1) * _block_flop(config, length, num_queries=length) + last)
 
 
+def linear_flop(config: TransformerConfig, shape: LatentShape) -> float:
+    """The part of it that is matrix products with weights; the rest is attention."""
+    length = num_tokens(config, shape)
+    num_video = shape.num_frames * shape.height * shape.width // config.patch_size**2
+    last = _block_linear_flop(config, length, num_queries=num_video)
+    return float((config.num_layers - 1) * _block_linear_flop(config, length, num_queries=length) + last)
+
+
 def _block_flop(config: TransformerConfig, length: int, *, num_queries: int) -> int:
-    size = config.hidden_size
     num_context = 512 + 257
-    linears = 2 * length * size * 3 * size + 2 * num_queries * size * (3 * size + 2 * config.ffn_size)
-    attentions = 4 * num_queries * size * (length + num_context)
-    return linears + attentions
+    attentions = 4 * num_queries * config.hidden_size * (length + num_context)
+    return _block_linear_flop(config, length, num_queries=num_queries) + attentions
 
 
-def matmul_flop_per_second(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate of the MLP's first matrix product, the largest one of a block."""
-    rows = 32768 if device.type == "cuda" else 1024
-    x = torch.randn(rows, config.hidden_size, device=device, dtype=dtype)
-    weight = torch.randn(config.ffn_size, config.hidden_size, device=device, dtype=dtype)
-    seconds = median_seconds(lambda: F.linear(x, weight), device)
-    return 2 * rows * config.hidden_size * config.ffn_size / seconds
-
-
-def median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
-    """Median time of a call, the device's queue empty before and after."""
-    times = []
-    for _ in range(repeats + 2):
-        _synchronise(device)
-        start = time.perf_counter()
-        call()
-        _synchronise(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def _block_linear_flop(config: TransformerConfig, length: int, *, num_queries: int) -> int:
+    size = config.hidden_size
+    return 2 * length * size * 3 * size + 2 * num_queries * size * (3 * size + 2 * config.ffn_size)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -224,8 +235,3 @@ def _random_weight(name: str, weight: Tensor, generator: torch.Generator) -> Ten
     if "norm" in name or "gamma" in name:
         return weight.fill_(1.0)
     return weight.normal_(std=(weight.numel() // weight.shape[0]) ** -0.5, generator=generator)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

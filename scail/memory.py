@@ -37,7 +37,7 @@ ALIGNMENT = 256  # bytes; the strictest kernel asks for 128
 SHARE_TO_USE = 0.92  # of the free memory, when the budget is made of it: the allocator loses some between its blocks
 
 _ACTIVATIONS = 12  # tensors of tokens × hidden size that are alive at once in a block's MLP, rounded up
-_DECODING_BYTES = 8_500_000_000  # the VAE's peak at 81 frames of 512 × 896, above its weights
+_DECODING_BYTES = 4_100_000_000  # the VAE's peak at 81 frames of 512 × 896, above its weights
 
 
 class Placement:

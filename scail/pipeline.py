@@ -1,9 +1,9 @@
-"""One clip, from pixels to pixels. `ScailPipeline.__call__` is the table of contents of a render."""
+"""One clip, from pixels to pixels. `ScailPipeline.render` is the table of contents of a render."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ from scail import preprocess
 from scail.checkpoint import load_networks, load_tokenizer
 from scail.config import (
     EXACT,
-    MAX_FRAMES,
     OFFICIAL,
+    SPATIAL_STRIDE,
     PlacementPolicy,
     Quantization,
     RuntimeConfig,
@@ -24,9 +24,8 @@ from scail.config import (
     Solver,
 )
 from scail.encodings import EncodingCache
-from scail.errors import InvalidInputError, OutOfMemoryError
+from scail.errors import OutOfMemoryError
 from scail.fingerprint import read_loras
-from scail.geometry import check_size, target_size
 from scail.memory import Placement
 from scail.models.attention import choose_attention
 from scail.models.image_encoder import ImageEncoder
@@ -35,7 +34,7 @@ from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
 from scail.sampling import denoise, flow_sigmas, guide
 from scail.timing import StageClock
-from scail.types import Conditioning, LatentShape, ScailOutput
+from scail.types import ClipPixels, Conditioning, LatentShape, ScailOutput
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,6 @@ class ScailPipeline:
             loras=(*read_loras(path), *(lora.name for lora in runtime.loras)),
         )
 
-    @torch.inference_mode()
     def __call__(
         self,
         reference: NDArray[np.uint8],
@@ -115,6 +113,7 @@ class ScailPipeline:
         params: SamplingParams = OFFICIAL,
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        on_frames: Callable[[NDArray[np.uint8]], None] | None = None,
         encodings: EncodingCache | None = None,
     ) -> ScailOutput:
         """Render one clip.
@@ -128,6 +127,8 @@ class ScailPipeline:
             params: Steps, guidance, shift, seed.
             size: (height, width), multiples of 32; the official rule by the reference's orientation if absent.
             on_step: Called after each step with the steps done and their number; it may raise `Interrupted`.
+            on_frames: Called with uint8 (n, H, W, 3) frames as they are decoded, in order, while the next ones are
+                still being computed; until it returns, no more are asked for.
             encodings: Of earlier clips; what this one shares with them is not encoded again.
 
         Raises:
@@ -135,17 +136,40 @@ class ScailPipeline:
             OutOfMemoryError: If the device has too little memory.
             GenerationError: If latents or pixels are not finite.
         """
-        _check_pictures(reference, pose)
-        height, width = size or target_size(*reference.shape[:2])
-        check_size(height, width)
+        clock = StageClock(self.device)
+        with clock.stage("preprocess"):
+            pixels = preprocess.clip_pixels(reference, pose, size)
+        output = self.render(
+            pixels,
+            prompt,
+            negative_prompt=negative_prompt,
+            params=params,
+            on_step=on_step,
+            on_frames=on_frames,
+            encodings=encodings,
+        )
+        return replace(output, seconds=clock.seconds | output.seconds)
+
+    @torch.inference_mode()
+    def render(
+        self,
+        pixels: ClipPixels,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        params: SamplingParams = OFFICIAL,
+        on_step: Callable[[int, int], None] | None = None,
+        on_frames: Callable[[NDArray[np.uint8]], None] | None = None,
+        encodings: EncodingCache | None = None,
+    ) -> ScailOutput:
+        """The clip of pixels that `preprocess.clip_pixels` made, on the CPU, while the GPU had other work.
+
+        Everything else is as for a call of the pipeline.
+        """
         sigmas = flow_sigmas(params.num_inference_steps, params.shift)
-        shape = LatentShape.of_clip(len(pose), height, width)
         encode = (encodings or EncodingCache(max_bytes=0)).get
         clock = StageClock(self.device)
         try:
-            with clock.stage("preprocess"):
-                reference_pixels = preprocess.reference_pixels(reference, height, width)
-                pose_pixels = preprocess.pose_pixels(pose, height, width)
             with clock.stage("encode_text"):
                 context = encode("prompt", self.encode_prompt, prompt, kind="text")
                 negative_context = (
@@ -154,13 +178,13 @@ class ScailPipeline:
                     else None
                 )
             with clock.stage("encode_image"):
-                image_embeds = encode("image", self.encode_image, reference_pixels)
-                reference_latents = encode("reference", self.encode_latents, reference_pixels)
+                image_embeds = encode("image", self.encode_image, pixels.reference)
+                reference_latents = encode("reference", self.encode_latents, pixels.reference)
             with clock.stage("encode_pose"):
-                pose_latents = encode("pose", self.encode_latents, pose_pixels)
+                pose_latents = encode("pose", self.encode_latents, pixels.pose)
             with clock.stage("denoise"):
                 conditioning = Conditioning(context, image_embeds, reference_latents, pose_latents)
-                noise = seeded_noise(shape, params.seed)
+                noise = seeded_noise(pixels.shape, params.seed)
                 latents = self.generate(
                     conditioning,
                     negative_context,
@@ -171,15 +195,15 @@ class ScailPipeline:
                     on_step=on_step,
                 )
             with clock.stage("decode_latents"):
-                frames = self.decode(latents)
+                frames = collect(self.decode_pieces(latents), pixels.shape, on_frames)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"{len(pose)} frames of {height} x {width} do not fit: {error}") from error
+            raise OutOfMemoryError(f"{pixels.describe()} do not fit: {error}") from error
         return ScailOutput(
             frames=frames,
             latents=latents.cpu(),
             seconds=clock.seconds,
             peak_memory_gib=clock.peak_memory_gib(),
-            num_dropped_frames=len(pose) - shape.num_output_frames,
+            num_dropped_frames=pixels.num_frames - pixels.shape.num_output_frames,
         )
 
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -223,7 +247,11 @@ class ScailPipeline:
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """uint8 (F', H, W, 3) frames of latents (1, 16, f, h, w)."""
-        return preprocess.to_frames(self.vae.decode(latents))
+        return np.concatenate([*self.decode_pieces(latents)])
+
+    def decode_pieces(self, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
+        """The frames of `decode`, a few at a time, each when it is there."""
+        return preprocess.to_frames(self.vae.decode_pieces(latents))
 
 
 def prepare_transformer(
@@ -243,10 +271,17 @@ def seeded_noise(shape: LatentShape, seed: int) -> Tensor:
     return torch.randn(1, 16, shape.num_frames, shape.height, shape.width, generator=generator)
 
 
-def _check_pictures(reference: NDArray[np.uint8], pose: NDArray[np.uint8]) -> None:
-    for name, array, num_axes in (("reference", reference, 3), ("pose", pose, 4)):
-        if array.dtype != np.uint8 or array.ndim != num_axes or array.shape[-1] != 3 or 0 in array.shape:
-            axes = "(H, W, 3)" if num_axes == 3 else "(F, H, W, 3)"
-            raise InvalidInputError(f"{name} is {array.dtype} {array.shape}; expected uint8 {axes}, not empty.")
-    if len(pose) > MAX_FRAMES:
-        raise InvalidInputError(f"pose has {len(pose)} frames; a clip has at most {MAX_FRAMES}.")
+def collect(
+    pieces: Iterator[NDArray[np.uint8]], shape: LatentShape, on_frames: Callable[[NDArray[np.uint8]], None] | None
+) -> NDArray[np.uint8]:
+    """All frames of a clip; each piece is handed on as soon as it is there."""
+    size = (shape.num_output_frames, shape.height * SPATIAL_STRIDE, shape.width * SPATIAL_STRIDE, 3)
+    frames, start = np.empty(size, np.uint8), 0
+    for piece in pieces:
+        part = frames[start : start + len(piece)]
+        part[:] = piece
+        start += len(piece)
+        if on_frames is not None:
+            on_frames(part)
+    assert start == len(frames), "the VAE gives 1 + 4k frames"
+    return frames

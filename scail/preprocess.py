@@ -7,16 +7,39 @@ Source: zai-org/SCAIL, `sampling_main` in sample_video.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scail.errors import GenerationError
-from scail.geometry import cover_size
+from scail.config import MAX_FRAMES
+from scail.errors import GenerationError, InvalidInputError
+from scail.geometry import check_size, cover_size, target_size
+from scail.types import ClipPixels
 
 FRAMES_PER_CHUNK = 16  # bounds the float copy of the pose video while it is resized
+
+
+def clip_pixels(
+    reference: NDArray[np.uint8], pose: NDArray[np.uint8], size: tuple[int, int] | None = None
+) -> ClipPixels:
+    """What a clip's encoders read, of its pictures as they came; takes no GPU.
+
+    Args:
+        reference: uint8 (H, W, 3), RGB: the character.
+        pose: uint8 (F, H, W, 3), RGB: the rendered pose video, 1 to 81 frames.
+        size: (height, width), multiples of 32; the official rule by the reference's orientation if absent.
+
+    Raises:
+        InvalidInputError: If sizes, types or frame counts do not fit.
+    """
+    _check_pictures(reference, pose)
+    height, width = size or target_size(*reference.shape[:2])
+    check_size(height, width)
+    return ClipPixels(reference_pixels(reference, height, width), pose_pixels(pose, height, width))
 
 
 def reference_pixels(image: NDArray[np.uint8], height: int, width: int) -> Tensor:
@@ -63,17 +86,43 @@ def halve_pose(cropped: Tensor) -> Tensor:
     return F.avg_pool2d((cropped.float() - 127.5) / 127.5, kernel_size=2)
 
 
-def to_frames(pixels: Tensor) -> NDArray[np.uint8]:
-    """Decoded pixels (1, 3, F, H, W) as uint8 (F, H, W, 3); truncated, not rounded, as officially written.
+def to_frames(pieces: Iterable[Tensor]) -> Iterator[NDArray[np.uint8]]:
+    """Decoded pixels (1, 3, n, H, W), piece by piece, as uint8 (n, H, W, 3); truncated, not rounded, as officially.
+
+    A piece is waited for after the next one has been asked for, so that a GPU never waits for its copy.
 
     Raises:
         GenerationError: If a pixel is no number; as a level it would be black.
     """
-    if not torch.isfinite(pixels).all():
-        raise GenerationError(f"{int((~torch.isfinite(pixels)).sum())} decoded values are not finite.")
-    levels = ((pixels[0].float() + 1) / 2).clamp(0, 1) * 255
-    frames: NDArray[np.uint8] = levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
-    return frames
+    ahead: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
+    for pixels in pieces:
+        levels = ((pixels[0].float() + 1) / 2).clamp(0, 1) * 255
+        frames = levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().to("cpu", non_blocking=True)
+        num_bad = (~torch.isfinite(pixels)).sum().to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream(pixels.device).record_event() if pixels.is_cuda else None
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = frames, num_bad, event
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(frames: Tensor, num_bad: Tensor, event: torch.cuda.Event | None) -> NDArray[np.uint8]:
+    if event is not None:
+        event.synchronize()
+    if num_bad:
+        raise GenerationError(f"{int(num_bad)} decoded values are not finite.")
+    array: NDArray[np.uint8] = frames.numpy()
+    return array
+
+
+def _check_pictures(reference: NDArray[np.uint8], pose: NDArray[np.uint8]) -> None:
+    for name, array, num_axes in (("reference", reference, 3), ("pose", pose, 4)):
+        if array.dtype != np.uint8 or array.ndim != num_axes or array.shape[-1] != 3 or 0 in array.shape:
+            axes = "(H, W, 3)" if num_axes == 3 else "(F, H, W, 3)"
+            raise InvalidInputError(f"{name} is {array.dtype} {array.shape}; expected uint8 {axes}, not empty.")
+    if len(pose) > MAX_FRAMES:
+        raise InvalidInputError(f"pose has {len(pose)} frames; a clip has at most {MAX_FRAMES}.")
 
 
 def _cover(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -46,6 +46,31 @@ def num_tokens(config: TransformerConfig, shape: LatentShape) -> int:
 
 
 @dataclass(frozen=True)
+class ClipPixels:
+    """A clip's reference and pose as the encoders read them, on the CPU.
+
+    Attributes:
+        reference: Float32 (1, 3, 1, H, W), about -1 … 1.
+        pose: Float32 (1, 3, F, H / 2, W / 2) in -1 … 1.
+    """
+
+    reference: Tensor
+    pose: Tensor
+
+    @property
+    def num_frames(self) -> int:
+        return self.pose.shape[2]
+
+    @property
+    def shape(self) -> LatentShape:
+        return LatentShape.of_clip(self.num_frames, *self.reference.shape[-2:])
+
+    def describe(self) -> str:
+        height, width = self.reference.shape[-2:]
+        return f"{self.num_frames} frames of {height} x {width}"
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What the transformer is conditioned on, for one side of the guidance.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 # Of these, the next clip's and the last one's go on while a clip is on the GPU: they cost no GPU time of their own.
-OFF_GPU_STAGES = frozenset({"fetch", "decode", "wait", "quality", "encode_mp4", "publish"})
+OFF_GPU_STAGES = frozenset({"fetch", "decode", "preprocess", "wait", "quality", "encode_mp4", "publish"})
 
 
 def gpu_seconds(seconds_by_stage: Mapping[str, float]) -> float:

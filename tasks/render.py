@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from scail import ScailOutput, ScailPipeline
     from scail.quality import QualityLimits
+    from scail.types import ClipPixels
+    from scail.video import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -110,33 +112,41 @@ def render_to_folder(
 ) -> None:
     """Leave video, poster and, last, the metrics of a clip in a local folder.
 
-    While this clip is on the GPU the next one is prepared, and the one before it encoded and published.
+    While this clip is on the GPU the next one is prepared; its frames are encoded as they come, and when the last has
+    come the GPU is the next clip's, while this one's encoding ends.
     """
-    from scail.video import encode_video, write_poster
+    from scail.streamed_video import StreamedVideo
+    from scail.video import write_poster
 
     limit = partial(time_limit, settings.stage_limit_seconds)
     report = reporter(job)
     seconds: dict[str, float] = {}
-    with Turn() as turn:
-        with limit():
-            inputs = prepare(job, clip_dir, report, seconds, settings=settings)
-        turn.compute()
-        with limit():  # not before: the clip that computed until now may have needed another one
-            spec = pipeline_spec(checkpoint, job.checkpoint_fingerprint, profile=job.profile, settings=settings)
-            if attempt.follows(GenerationError):  # a kernel may have failed in silence, or a kept encoding be bad
-                spec = spec.on_the_exact_path()
-                load_encodings.cache_clear()
-            pipeline = load_pipeline(spec)
-        attempt.enter(AttemptStage.COMPUTING)
-        with limit():
-            output, cache_hits = compute(pipeline, job, inputs, attempt, report, settings=settings)
-            likeness = identity_of(pipeline, inputs, output)
-    seconds |= output.seconds
-    with limit(), cpu_stage("quality", report, seconds):
-        quality = quality_of(output, inputs, likeness, settings.quality.limits())
-    with limit(), cpu_stage("encode_mp4", report, seconds):
-        encode_video(clip_dir / VIDEO, output.frames, fps=inputs.fps, metadata=provenance(job), ffmpeg=settings.ffmpeg)
-        write_poster(clip_dir / POSTER, output.frames[len(output.frames) // 2])
+    with ExitStack() as stack:
+        with Turn() as turn:
+            with limit():
+                inputs, pixels = prepare(job, clip_dir, report, seconds, settings=settings)
+            turn.compute()
+            with limit():  # not before: the clip that computed until now may have needed another one
+                spec = pipeline_spec(checkpoint, job.checkpoint_fingerprint, profile=job.profile, settings=settings)
+                if attempt.follows(GenerationError):  # a kernel may have failed in silence, or a kept encoding be bad
+                    spec = spec.on_the_exact_path()
+                    load_encodings.cache_clear()
+                pipeline = load_pipeline(spec)
+            attempt.enter(AttemptStage.COMPUTING)
+            video = stack.enter_context(
+                StreamedVideo(clip_dir / VIDEO, fps=inputs.fps, metadata=provenance(job), ffmpeg=settings.ffmpeg)
+            )
+            with limit():
+                output, cache_hits = compute(
+                    pipeline, job, pixels, attempt, report, on_frames=video.write, settings=settings
+                )
+                likeness = identity_of(pipeline, inputs, output)
+        seconds |= output.seconds
+        with limit(), cpu_stage("quality", report, seconds):
+            quality = quality_of(output, inputs, likeness, settings.quality.limits())
+        with limit(), cpu_stage("encode_mp4", report, seconds):
+            video.finish()
+            write_poster(clip_dir / POSTER, output.frames[len(output.frames) // 2])
     metrics = clip_metrics(
         job, inputs, output, seconds=seconds, cache_hits=cache_hits, pipeline=pipeline, quality=quality
     )
@@ -145,24 +155,29 @@ def render_to_folder(
 
 def prepare(
     job: ClipJob, scratch_dir: Path, report: Report, seconds: dict[str, float], *, settings: Settings
-) -> ClipInputs:
-    """A clip's pictures, on this machine and decoded."""
+) -> tuple[ClipInputs, ClipPixels]:
+    """A clip's pictures, on this machine and decoded; and what the encoders read of them."""
+    from scail.preprocess import clip_pixels
+
     with cpu_stage("fetch", report, seconds):
         paths = fetch_inputs(job, scratch_dir, policy=settings.storage_policy())
     with cpu_stage("decode", report, seconds):
-        return decode_inputs(paths, job, ffmpeg=settings.ffmpeg)
+        inputs = decode_inputs(paths, job, ffmpeg=settings.ffmpeg)
+    with cpu_stage("preprocess", report, seconds):
+        return inputs, clip_pixels(inputs.reference, inputs.pose, job.request.size)
 
 
 def compute(
     pipeline: ScailPipeline,
     job: ClipJob,
-    inputs: ClipInputs,
+    pixels: ClipPixels,
     attempt: OpenAttempt,
     report: Report,
     *,
+    on_frames: Callable[[Frames], None],
     settings: Settings,
 ) -> tuple[ScailOutput, tuple[str, ...]]:
-    """The rendered clip, and which encodings it shared with earlier ones."""
+    """The rendered clip, and which encodings it shared with earlier ones; `on_frames` gets its frames as they come."""
 
     def on_step(done: int, total: int) -> None:
         report("denoise", done, total)
@@ -172,14 +187,13 @@ def compute(
     encodings = load_encodings(job.checkpoint_fingerprint, settings.encoding_cache_bytes)
     encodings.begin_clip()
     with errors.device_faults_named():
-        output = pipeline(
-            inputs.reference,
-            inputs.pose,
+        output = pipeline.render(
+            pixels,
             job.request.prompt,
             negative_prompt=job.request.negative_prompt,
             params=job.params,
-            size=job.request.size,
             on_step=on_step,
+            on_frames=on_frames,
             encodings=encodings,
         )
     room.was_enough()

@@ -17,11 +17,16 @@ from scail.kernels import reference
 HAS_TRITON = find_spec("triton") is not None
 
 if HAS_TRITON:
-    from scail.kernels import triton_kernels
+    from scail.kernels import triton_kernels, triton_vae
 
 
 def _takes_kernel(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and not torch.is_grad_enabled()
+
+
+def _takes_convolution(x: Tensor) -> bool:
+    """The kernels use Hopper's copy engine, and tensor cores that take 16 bits."""
+    return _takes_kernel(x) and x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def qk_norm_rotary(
@@ -63,3 +68,52 @@ def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if _takes_kernel(x):
         return triton_kernels.quantize_rows(x, True)
     return reference.gelu_quantize_rows(x)
+
+
+def norm_silu_window(x: Tensor, gamma: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a causal convolution over three frames reads, and what the next piece of the clip has to begin with.
+
+    Args:
+        x: (B, T, H, W, C), the new frames.
+        gamma: (C,), weights of an RMS norm over the channels, which SiLU follows; None leaves `x` as it is.
+        past: (B, 2, H + 2, W + 2, C), what this gave for the frames before, and which it may write over; None at the
+            start of a clip: zeros.
+
+    Returns:
+        The window (B, 2 + T, H + 2, W + 2, C) with a border of zeros, and its last two frames.
+    """
+    if _takes_kernel(x):
+        return triton_vae.norm_silu_window(x, gamma, past)
+    return reference.norm_silu_window(x, gamma, past)
+
+
+def window_conv(window: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A convolution of 3 x 3 x 3 over a window (B, 2 + T, H + 2, W + 2, C) -> (B, T, H, W, C'), plus `residual`.
+
+    Args:
+        window: From `norm_silu_window`.
+        weight: (C', C, 3, 3, 3).
+        bias: (C',).
+        residual: (B, T, H, W, C').
+    """
+    if _takes_convolution(window):
+        return triton_vae.window_conv(window, weight, bias, residual)
+    return reference.window_conv(window, weight, bias, residual)
+
+
+def upsampled_conv(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Pictures twice the size, each pixel repeated, and a convolution of 3 x 3 over them.
+
+    The kernel never makes the large picture: it sums weights that meet the same pixel, which rounds them once more.
+
+    Args:
+        window: (B, T, H + 2, W + 2, C), pictures with a border of zeros.
+        weight: (C', C, 3, 3).
+        bias: (C',).
+
+    Returns:
+        (B, T, 2 · H, 2 · W, C').
+    """
+    if _takes_convolution(window) and window.shape[-1] % 8 == 0:
+        return triton_vae.upsampled_conv(window, weight, bias)
+    return reference.upsampled_conv(window, weight, bias)

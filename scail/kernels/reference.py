@@ -54,3 +54,32 @@ def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(F.gelu(x, approximate="tanh"))
+
+
+def norm_silu_window(x: Tensor, gamma: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    if gamma is not None:
+        x = F.silu(rms_norm(x, gamma, TINY).float()).to(x.dtype)
+    x = F.pad(x, (0, 0, 1, 1, 1, 1))
+    window = torch.cat((torch.zeros_like(x[:, :1]).expand(-1, 2, -1, -1, -1) if past is None else past, x), dim=1)
+    return window, window[:, -2:].clone()
+
+
+def window_conv(window: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    out = F.conv3d(window.permute(0, 4, 1, 2, 3), weight, bias).permute(0, 2, 3, 4, 1)
+    return out if residual is None else out + residual
+
+
+def upsampled_conv(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    frames = window[:, :, 1:-1, 1:-1].flatten(0, 1).permute(0, 3, 1, 2)
+    out = F.conv2d(F.interpolate(frames, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    return out.permute(0, 2, 3, 1).reshape(*window.shape[:2], *out.shape[-2:], -1)
+
+
+def phase_weights(weight: Tensor) -> Tensor:
+    """Weights (4 · C', 4 · C) by which the four pixels that come of one are made of 2 x 2 pixels before upsampling.
+
+    Three taps on pixels that come in equal pairs see two different ones: taps on the same one are summed, in float32.
+    """
+    pairs = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device)
+    summed = torch.einsum("oirc,pkr,qlc->pqokli", weight.float(), pairs, pairs)  # (2, 2, C', 2, 2, C)
+    return summed.flatten(0, 2).flatten(1).to(weight.dtype)

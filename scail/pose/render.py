@@ -136,15 +136,12 @@ def render_pose(
     Raises:
         InvalidInputError: If the palette is unknown, or the size or the chunk is not positive.
     """
-    chunks = render_chunks(
-        sequence, size=size, palette=palette, z_range=z_range, device=device, frames_per_chunk=frames_per_chunk
-    )
     view = View.of(sequence, size)
-    frames = np.empty((sequence.num_frames, view.height, view.width, 3), np.uint8)
+    frames = np.zeros((sequence.num_frames, view.height, view.width, 3), np.uint8)  # what stays black is never touched
     start = 0
-    for chunk in chunks:
-        frames[start : start + len(chunk)] = chunk
-        start += len(chunk)
+    for hits, num_frames in _cast_clip(sequence, view, palette, z_range, torch.device(device), frames_per_chunk):
+        _paint(frames[start : start + num_frames], hits, sequence, start)
+        start += num_frames
     return frames
 
 
@@ -159,16 +156,20 @@ def render_chunks(
 ) -> Iterator[NDArray[np.uint8]]:
     """The frames of `render_pose`, up to `frames_per_chunk` at a time, for clips that need not be held whole."""
     view = View.of(sequence, size)
-    keypoints = sequence.keypoints
     start = 0
     for hits, num_frames in _cast_clip(sequence, view, palette, z_range, torch.device(device), frames_per_chunk):
         frames = np.zeros((num_frames, view.height, view.width, 3), np.uint8)
-        frames.reshape(-1, 3)[hits.pixel] = hits.colour[:, :3]
-        if keypoints is not None:
-            painted = draw_overlay(keypoints.frames(start, start + num_frames), height=view.height, width=view.width)
-            lay_over(frames, painted)
+        _paint(frames, hits, sequence, start)
         yield frames
         start += num_frames
+
+
+def _paint(frames: NDArray[np.uint8], hits: Hits, sequence: PoseSequence, start: int) -> None:
+    """Lit pixels, and over them what the key points add, on black frames of which the first is the clip's `start`."""
+    num_frames, height, width, _ = frames.shape
+    frames.reshape(-1, 3)[hits.pixel] = hits.colour[:, :3]
+    if sequence.keypoints is not None:
+        lay_over(frames, draw_overlay(sequence.keypoints.frames(start, start + num_frames), height=height, width=width))
 
 
 def render_bones(

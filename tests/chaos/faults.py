@@ -49,9 +49,9 @@ def patch_pipeline() -> None:
     from scail import OutOfMemoryError
     from scail.pipeline import ScailPipeline
 
-    call, load = ScailPipeline.__call__, ScailPipeline.from_pretrained
+    render, load = ScailPipeline.render, ScailPipeline.from_pretrained
 
-    def misbehaving_call(self, reference, pose, prompt, *, on_step, **kwargs):
+    def misbehaving_render(self, pixels, prompt, *, on_step, **kwargs):
         slow = re.search(r"slow (\d+\.?\d*)", prompt)
 
         def slow_step(done, total):
@@ -62,14 +62,14 @@ def patch_pipeline() -> None:
             misbehave(prompt)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(str(error)) from error
-        return call(self, reference, pose, prompt, on_step=slow_step, **kwargs)
+        return render(self, pixels, prompt, on_step=slow_step, **kwargs)
 
     def counted_load(*args, **kwargs):
         with LOADS.open("a") as file:
             file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
         return load(*args, **kwargs)
 
-    ScailPipeline.__call__ = misbehaving_call
+    ScailPipeline.render = misbehaving_render
     ScailPipeline.from_pretrained = counted_load
 
 

@@ -168,11 +168,19 @@ def test_doctor_says_what_is_wrong_in_one_line_each(tmp_path, checkpoint):
 def test_bench_writes_its_figures_as_json(tmp_path):
     size = ("--frames", 5, "--height", HEIGHT, "--width", WIDTH, "--steps", 1)
 
-    result = scail("bench", "--model", "tiny", *size, "--json", tmp_path / "bench.json")
+    result = scail(
+        "bench", "--model", "tiny", *size, "--only", "clip, clips, vae", "--clips", 2, "--json", tmp_path / "bench.json"
+    )
 
     assert result.exit_code == 0
-    assert '"share_of_matmul_ceiling"' in (tmp_path / "bench.json").read_text()
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert document["clip"]["share_of_matmul_ceiling"] > 0
+    rows = {row["figure"]: row for row in document["rows"]}
+    assert rows["VAE decode"]["beside"] > 0
+    assert rows["VAE decode"]["goal"] is None  # the goals are for the largest clip
+    assert 0 < rows["warm worker, GPU busy"]["reached"] <= 100
     assert scail("bench", "--model", "13b").exit_code == 2
+    assert scail("bench", "--only", "everything").exit_code == 2
 
 
 def test_checking_a_manifest_imports_no_torch(write_manifest, tmp_path, checkpoint):

@@ -89,6 +89,7 @@ def test_a_benchmark_is_plain_json(result):
 
 def test_every_number_of_a_benchmark_is_finite_and_positive(result):
     result = {**result, "clip": {**result["clip"], "seed": 1}}  # a seed of zero is none of its measurements
+    del result["first_clip_extra_seconds"]  # a difference of two times, which other processes disturb
 
     numbers = numbers_in(result)
 

@@ -88,3 +88,81 @@ def test_the_quantising_kernels_equal_their_plain_versions(size):
     for name, ((values, scales), (plain_values, plain_scales)) in pairs.items():
         ours, theirs = values.float() * scales, plain_values.float() * plain_scales
         assert (ours - theirs).norm() / theirs.norm() < 2e-3, name
+
+
+def test_four_sums_of_weights_are_a_convolution_over_the_picture_twice_the_size():
+    window = F.pad(random(1, 2, 5, 6, 8), (0, 0, 1, 1, 1, 1))
+    weight, bias = random(4, 8, 3, 3), random(4)
+
+    phases = reference.phase_weights(weight).view(2, 2, 4, 2, 2, 8).permute(0, 1, 2, 5, 3, 4)
+
+    whole = reference.upsampled_conv(window, weight, bias)
+    for down in range(2):
+        for right in range(2):
+            seen = window[0, :, down : down + 6, right : right + 7].permute(0, 3, 1, 2)
+            part = F.conv2d(seen, phases[down, right], bias).permute(0, 2, 3, 1)
+            torch.testing.assert_close(part, whole[0, :, down::2, right::2], rtol=0, atol=1e-5)
+
+
+def test_a_window_goes_on_where_the_last_one_ended():
+    x, gamma = random(1, 5, 4, 6, 8), random(8)
+    whole, _ = kernels.norm_silu_window(x, gamma, None)
+
+    first, past = kernels.norm_silu_window(x[:, :1], gamma, None)
+    second, past = kernels.norm_silu_window(x[:, 1:2], gamma, past)
+    third, _ = kernels.norm_silu_window(x[:, 2:], gamma, past)
+
+    assert torch.equal(torch.cat((first, second[:, 2:], third[:, 2:]), dim=1), whole)
+    assert not whole[:, :2].any()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("size", [3, 16, 96, 192, 384])
+def test_the_window_kernel_equals_its_plain_version_piece_by_piece(size):
+    gamma = random(size, device="cuda", dtype=torch.bfloat16)
+    past = plain_past = None
+    for num_frames in (1, 4, 2):
+        x = random(2, num_frames, 7, 9, size, device="cuda", dtype=torch.bfloat16)
+        plain, plain_past = reference.norm_silu_window(x, gamma, plain_past)
+
+        with torch.no_grad():
+            window, past = kernels.norm_silu_window(x, gamma, past)
+
+        assert (window.float() - plain.float()).norm() / plain.float().norm() < 5e-3
+        assert torch.equal(window[:, -2:], past)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("c_in", "c_out"), [(3, 96), (16, 384), (96, 96), (96, 192), (192, 384), (384, 32), (96, 3)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_convolution_kernel_equals_its_plain_version(c_in, c_out, with_residual):
+    x = random(2, 3, 12, 21, c_in, device="cuda", dtype=torch.bfloat16)
+    window, _ = reference.norm_silu_window(x, None, None)
+    weight = random(c_out, c_in, 3, 3, 3, device="cuda", dtype=torch.bfloat16)
+    bias = random(c_out, device="cuda", dtype=torch.bfloat16)
+    residual = random(2, 3, 12, 21, c_out, device="cuda", dtype=torch.bfloat16) if with_residual else None
+    exact = [None if tensor is None else tensor.float() for tensor in (window, weight, bias, residual)]
+
+    with torch.no_grad():
+        out = kernels.window_conv(window, weight, bias, residual)
+
+    theirs = reference.window_conv(*exact)
+    assert (out.float() - theirs).norm() / theirs.norm() < 3e-3  # one rounding to bfloat16
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("c_in", "c_out"), [(384, 192), (192, 96), (16, 8)])
+def test_the_upsampling_kernel_equals_its_plain_version(c_in, c_out):
+    window = F.pad(random(2, 2, 6, 11, c_in, device="cuda", dtype=torch.bfloat16), (0, 0, 1, 1, 1, 1))
+    weight = random(c_out, c_in, 3, 3, device="cuda", dtype=torch.bfloat16)
+    bias = random(c_out, device="cuda", dtype=torch.bfloat16)
+
+    with torch.no_grad():
+        out = kernels.upsampled_conv(window, weight, bias)
+
+    theirs = reference.upsampled_conv(window.float(), weight.float(), bias.float())
+    assert out.shape == (2, 2, 12, 22, c_out)
+    assert (out.float() - theirs).norm() / theirs.norm() < 4e-3  # the sums of weights are rounded once more

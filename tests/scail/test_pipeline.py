@@ -8,6 +8,7 @@ import torch
 
 from scail.config import MAX_FRAMES, SamplingParams
 from scail.errors import CheckpointError, GenerationError, Interrupted, InvalidInputError, OutOfMemoryError
+from scail.models import causal_vae
 from scail.pipeline import ScailPipeline, seeded_noise
 from scail.types import LatentShape
 
@@ -44,6 +45,16 @@ def test_a_reference_and_a_pose_video_become_frames(pipeline, reference, pose):
     assert output.peak_memory_gib > 0
 
 
+def test_frames_are_handed_on_as_they_are_decoded(pipeline, reference, pose, monkeypatch):
+    monkeypatch.setattr(causal_vae, "PIECE_NUMBERS", 1)
+    pieces: list[np.ndarray] = []
+
+    output = pipeline(reference, pose, "", params=FAST, size=SIZE, on_frames=pieces.append)
+
+    assert [len(piece) for piece in pieces] == [1] * len(pose)
+    assert np.array_equal(np.concatenate(pieces), output.frames)
+
+
 def test_every_stage_is_timed_once_in_the_order_of_the_render(pipeline, reference, pose):
     output = pipeline(reference, pose, "", params=FAST, size=SIZE)
 
@@ -69,7 +80,7 @@ def test_a_frame_that_is_dropped_does_not_matter(render, pose):
 
 def test_without_a_size_the_official_rule_decides(pipeline, reference, pose, monkeypatch):
     sizes = []
-    monkeypatch.setattr("scail.pipeline.target_size", lambda *size: sizes.append(size) or (64, 32))
+    monkeypatch.setattr("scail.preprocess.target_size", lambda *size: sizes.append(size) or (64, 32))
 
     output = pipeline(reference, pose, "", params=FAST)
 
@@ -280,7 +291,7 @@ def test_too_little_memory_is_told_with_the_size_of_the_clip(pipeline, reference
     def decode(_latents):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(pipeline.vae, "decode", decode)
+    monkeypatch.setattr(pipeline.vae, "decode_pieces", decode)
 
     with pytest.raises(OutOfMemoryError, match="9 frames of 32 x 64 do not fit: tried to allocate 2 GiB"):
         pipeline(reference, pose, "", params=FAST, size=SIZE)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -154,13 +156,13 @@ def test_inputs_are_left_as_they_are():
 def test_frames_are_truncated_and_not_rounded():
     levels = torch.arange(255) + 0.9
 
-    frames = to_frames((levels / 127.5 - 1).reshape(1, 1, 1, 1, 255).expand(1, 3, 1, 1, 255))
+    (frames,) = to_frames([(levels / 127.5 - 1).reshape(1, 1, 1, 1, 255).expand(1, 3, 1, 1, 255)])
 
     assert np.array_equal(frames[0, 0, :, 0], np.arange(255))
 
 
 def test_frames_are_clamped_to_the_levels_there_are():
-    frames = to_frames(torch.tensor([-3.0, -1.0, 1.0, 1.3]).reshape(1, 1, 1, 1, 4).expand(1, 3, 1, 1, 4))
+    (frames,) = to_frames([torch.tensor([-3.0, -1.0, 1.0, 1.3]).reshape(1, 1, 1, 1, 4).expand(1, 3, 1, 1, 4)])
 
     assert frames[0, 0, :, 0].tolist() == [0, 0, 255, 255]
 
@@ -169,9 +171,23 @@ def test_frames_come_out_with_colours_last():
     pixels = torch.full((1, 3, 5, 6, 7), -1.0)
     pixels[0, 2, 4, 1, 3] = 1.0
 
-    frames = to_frames(pixels)
+    (frames,) = to_frames([pixels])
 
     assert frames.shape == (5, 6, 7, 3)
     assert frames.dtype == np.uint8
     assert frames.flags.c_contiguous
     assert np.argwhere(frames).tolist() == [[4, 1, 3, 2]]
+
+
+def test_pieces_become_frames_in_their_order_and_one_piece_late():
+    asked: list[int] = []
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for number in range(3):
+            asked.append(number)
+            yield torch.full((1, 3, number + 1, 2, 2), (number + 0.5) / 127.5 - 1)
+
+    seen = [(frames.shape[0], int(frames.max()), len(asked)) for frames in to_frames(pieces())]
+
+    assert seen == [(1, 0, 2), (2, 1, 3), (3, 2, 3)]
+    assert [*to_frames([])] == []

@@ -46,7 +46,7 @@ def test_latents_are_normalised_by_channel(vae, pixels):
 
     latents = vae.encode(pixels)
     torch.testing.assert_close(latents * std + mean, raw)
-    torch.testing.assert_close(vae.decode(latents), vae.model.decode(latents * std + mean).sample, rtol=0, atol=0)
+    torch.testing.assert_close(vae.decode(latents), vae.model.decode(latents * std + mean).sample, rtol=0, atol=1e-4)
 
 
 def test_latents_are_float32_and_pixels_in_the_dtype_of_the_weights(pixels):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import scail.video
 from scail import ScailPipeline
 from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY, RuntimeConfig, SamplingParams
@@ -29,6 +29,7 @@ from scail.errors import CheckpointError, GenerationError, OutOfMemoryError
 from scail.fingerprint import checkpoint_fingerprint
 from scail.probe import probe_video
 from scail.quality import Verdict
+from scail.streamed_video import StreamedVideo
 from scail.types import ScailOutput
 from scail.video import encode_video
 from tasks import render, resident
@@ -124,19 +125,22 @@ def recorder(media, monkeypatch) -> Recorder:
         device = torch.device("cpu")
         attention, quantization, memory, loras = "sdpa", "none", "resident", ()
 
-        def __call__(self, *_args, **_kwargs) -> ScailOutput:
+        def render(self, *_args, on_frames, **_kwargs) -> ScailOutput:
             with recorder.stage("gpu", 1.0):
+                on_frames(frames)
                 return ScailOutput(frames, torch.zeros(1), {"denoise": 0.3}, 0.0, 0)
 
-    def encode(*args, **kwargs) -> None:
+    finish = StreamedVideo.finish
+
+    def encode(video: StreamedVideo) -> None:
         with recorder.stage("encode", 0.1):
-            encode_video(*args, **kwargs)
+            finish(video)
 
     monkeypatch.setattr(render, "fetch_inputs", fetch)
     monkeypatch.setattr(render, "decode_inputs", decode)
     monkeypatch.setattr(render, "load_pipeline", lambda *_args: Pipeline())
     monkeypatch.setattr(render, "identity_of", lambda *_args: 1.0)
-    monkeypatch.setattr(scail.video, "encode_video", encode)
+    monkeypatch.setattr(StreamedVideo, "finish", encode)
     return recorder
 
 
@@ -254,7 +258,7 @@ def test_a_fault_of_the_gpu_ends_the_worker_and_not_a_process_of_ours(recorder, 
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     broken.device = torch.device("cpu")
-    monkeypatch.setattr(render, "load_pipeline", lambda *_args: broken)
+    monkeypatch.setattr(render, "load_pipeline", lambda *_args: SimpleNamespace(render=broken))
     monkeypatch.setattr(render, "replace_process", lambda: ended.append(1))
     task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint="fake")
 
@@ -292,17 +296,17 @@ def test_metrics_tell_every_attempt(recorder, media, tmp_path, monkeypatch):
 
 def test_a_black_clip_is_rendered_once_more_on_the_exact_path(media, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("SCAIL_COMPILED", "true")
-    specs, decode = [], ScailPipeline.decode
+    specs, decode = [], ScailPipeline.decode_pieces
 
     def load(spec):
         specs.append(spec.runtime)
         return load_pipeline(replace(spec, runtime=replace(spec.runtime, compiled=False)))  # a compiler may be missing
 
     def black_unless_exact(pipeline, latents):
-        return decode(pipeline, latents) * (len(specs) > 1)
+        return (frames * (len(specs) > 1) for frames in decode(pipeline, latents))
 
     monkeypatch.setattr(render, "load_pipeline", load)
-    monkeypatch.setattr(ScailPipeline, "decode", black_unless_exact)
+    monkeypatch.setattr(ScailPipeline, "decode_pieces", black_unless_exact)
     task = partial(render_clip.fn, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
     row = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint))
 
@@ -331,14 +335,14 @@ def test_a_clip_of_noise_is_published_and_to_be_looked_at(media, checkpoint, tmp
 
 def too_large_for(policies, monkeypatch):
     """Clips run out of memory unless the model is placed in another way than `policies`."""
-    call = ScailPipeline.__call__
+    whole_render = ScailPipeline.render
 
     def bounded(self, *args, **kwargs):
         if self.memory in policies:
             raise OutOfMemoryError(f"does not fit as {self.memory}")
-        return call(self, *args, **kwargs)
+        return whole_render(self, *args, **kwargs)
 
-    monkeypatch.setattr(ScailPipeline, "__call__", bounded)
+    monkeypatch.setattr(ScailPipeline, "render", bounded)
 
 
 def attempts_at(task, number_of_attempts):

@@ -1,0 +1,97 @@
+"""A warm worker's clips, one after another, and how much of the time its GPU has work.
+
+The stages are those of `tasks.render`, with its turns: while one clip computes, the next one's files are decoded and
+prepared, and the one before it is encoded. What is left out is storage, of which a benchmark has none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.turns import Turn
+
+if TYPE_CHECKING:
+    from scail import SamplingParams, ScailPipeline
+
+WORKER_THREADS = 2  # as a worker has them
+
+
+@dataclass(frozen=True)
+class BusyTimes:
+    """Seconds on the clock, each clip's on the GPU as (begin, end), in the order in which they came."""
+
+    spans: tuple[tuple[float, float], ...]
+
+    @property
+    def seconds_per_clip(self) -> float:
+        """From the end of one clip's work on the GPU to the next one's, the mean of all but the first."""
+        ends = [end for _, end in self.spans]
+        return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+    @property
+    def busy_share(self) -> float:
+        """Of the time between the first clip's end and the last one's, that in which a clip was on the GPU."""
+        ends = [end for _, end in self.spans]
+        return sum(end - begin for begin, end in self.spans[1:]) / (ends[-1] - ends[0])
+
+
+def render_clips(
+    pipeline: ScailPipeline, clips: Sequence[tuple[Path, Path]], folder: Path, params: SamplingParams
+) -> BusyTimes:
+    """Render clips as a warm worker does, at least two, and say when the GPU had work.
+
+    Args:
+        pipeline: That stays in the process.
+        clips: Reference image and pose video of each.
+        folder: Where the videos go.
+        params: Of every clip.
+    """
+    from scail.preprocess import clip_pixels
+    from scail.streamed_video import StreamedVideo
+    from scail.video import read_image, read_video
+
+    spans: list[tuple[float, float]] = []
+
+    def render(number: int) -> None:
+        reference, pose = clips[number]
+        with StreamedVideo(folder / f"{number}.mp4", fps=24.0, metadata={"clip": number}) as video:
+            with Turn() as turn:
+                picture, frames = read_image(reference), read_video(pose)
+                pixels = clip_pixels(picture, frames, frames.shape[1:3])
+                turn.compute()
+                begin = time.perf_counter()
+                pipeline.render(pixels, f"clip {number}", params=params, on_frames=video.write)
+                spans.append((begin, time.perf_counter()))
+            video.finish()
+
+    with ThreadPoolExecutor(WORKER_THREADS) as pool:
+        for done in [pool.submit(render, number) for number in range(len(clips))]:
+            done.result()
+    return BusyTimes(tuple(spans))
+
+
+def write_clips(folder: Path, *, num_clips: int, num_frames: int, height: int, width: int) -> list[tuple[Path, Path]]:
+    """References and pose videos of walking figures, no two alike, of the clips' size."""
+    import numpy as np
+    from PIL import Image
+
+    from scail.mini.motion import joints_of_motion
+    from scail.pose.render import render_pose
+    from scail.pose.skeleton import PoseSequence
+    from scail.video import encode_video
+
+    clips = []
+    for number in range(num_clips):
+        rng = np.random.default_rng(number)
+        reference, pose = folder / f"reference{number}.png", folder / f"pose{number}.mp4"
+        coarse = rng.integers(0, 256, (height // 32, width // 32, 3), np.uint8)
+        Image.fromarray(coarse).resize((width, height)).save(reference)
+        joints = joints_of_motion("walk", num_frames, cycles=1.0 + number / 8, centre=(0.0, 0.0, 2600.0))
+        encode_video(pose, render_pose(PoseSequence(joints[:, None], height, width)), fps=24.0, metadata={})
+        clips.append((reference, pose))
+    return clips
