@@ -31,6 +31,7 @@ from scail.encodings import EncodingCache
 from scail.errors import ScailError
 from scail.mini.data import PORTRAIT, draw_scenes
 from scail.mini.evaluate import ClipInput, clip_inputs, mean_scores, score
+from scail.mini.library_vae import LibraryVae
 from scail.mini.price_list import page
 from scail.mini.shortcuts import SHORTCUTS, Precision, Shortcut
 from scail.mini.vae_stage import HELD_OUT_SEED
@@ -69,7 +70,8 @@ class Trial:
             self.device,
             shortcut.precision,
             shortcut.runtime_config(),
-            shortcut.vae_precision or shortcut.precision,
+            vae_precision=shortcut.vae_precision or shortcut.precision,
+            own_vae=shortcut.own_vae,
         )
         params = replace(self.params, **shortcut.sampling)
         outputs: list[ScailOutput] = []
@@ -129,15 +131,22 @@ def runs_on(shortcut: Shortcut, device: torch.device) -> bool:
 
 @lru_cache(maxsize=1)  # many rows differ in their sampling alone
 def load(
-    checkpoint: str, device: str, precision: Precision, runtime: RuntimeConfig, vae_precision: Precision
+    checkpoint: str,
+    device: str,
+    precision: Precision,
+    runtime: RuntimeConfig,
+    *,
+    vae_precision: Precision,
+    own_vae: bool,
 ) -> ScailPipeline:
-    """A checkpoint, with a VAE that may have a precision of its own."""
+    """A checkpoint, with a VAE that may have a precision and a pass of its own."""
 
     def pipeline_as(name: Precision) -> ScailPipeline:
         return ScailPipeline.from_pretrained(checkpoint, device=device, dtype=getattr(torch, name), runtime=runtime)
 
     pipeline = pipeline_as(precision)
-    return pipeline if vae_precision == precision else replace(pipeline, vae=pipeline_as(vae_precision).vae)
+    vae = pipeline.vae if vae_precision == precision else pipeline_as(vae_precision).vae
+    return replace(pipeline, vae=vae if own_vae else LibraryVae(vae.model))
 
 
 def clips_in_processes(trial: Trial, shortcut: Shortcut) -> list[ScailOutput]:

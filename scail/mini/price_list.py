@@ -17,9 +17,10 @@ _COLUMNS = (
 _INTRODUCTION = f"""# What each shortcut costs
 
 Held-out clips of the miniature, rendered with the same seeds along the exact path and along it with one thing changed.
-The exact path is float32 throughout, PyTorch's own attention, nothing compiled, nothing quantised, Euler's method,
-every encoding made anew, everything resident, one process. Latents and frames are compared with its own on the same
-device; limbs and colours with the truth, as `scail eval` does, and in brackets with what the exact path reaches.
+The exact path is float32 throughout, PyTorch's own attention, nothing compiled, nothing quantised, Euler's method, the
+library's pass through the VAE, every encoding made anew, everything resident, one process. Latents and frames are
+compared with its own on the same device; limbs and colours with the truth, as `scail eval` does, and in brackets with
+what the exact path reaches.
 
 A shortcut that costs more than {MAX_LIMB_COST_PERCENT} % of the frame height in limb error, or leaves less than
 {MIN_PSNR:g} dB, is not a default; a test holds the defaults in the code against this page. Speed is the
@@ -64,7 +65,7 @@ def _group_lines(report: dict[str, Any]) -> Iterator[str]:
     for group, shortcuts in groupby(SHORTCUTS, key=lambda shortcut: shortcut.group):
         lines = [line for shortcut in shortcuts for line in _shortcut_lines(report, shortcut)]
         if lines:
-            yield f"\n## {group.capitalize()}\n"
+            yield f"\n## {group[0].upper() + group[1:]}\n"
             yield f"| {' | '.join(_COLUMNS)} |"
             yield "|---" * len(_COLUMNS) + "|"
             yield from lines

@@ -1,7 +1,8 @@
 """Every shortcut that we offer, as data: in what it differs from the exact path. A new one is a line.
 
 The exact path is float32 throughout, PyTorch's own attention, nothing compiled, nothing quantised, Euler's method in
-the recipe's number of steps, every encoding made anew, everything resident, one process.
+the recipe's number of steps, the library's pass through the VAE, every encoding made anew, everything resident, one
+process.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Shortcut:
         runtime: Fields of `RuntimeConfig`.
         sampling: Fields of `SamplingParams`.
         vae_precision: Of the VAE alone.
+        own_vae: Our pass through the VAE, in pieces, instead of the library's.
         cached: The encodings are those of an earlier render.
         num_processes: That share the clips.
         needs_gpu: It does not run on a CPU, or is nothing there.
@@ -38,6 +40,7 @@ class Shortcut:
     runtime: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     vae_precision: Precision | None = None
+    own_vae: bool = False
     cached: bool = False
     num_processes: int = 1
     needs_gpu: bool = False
@@ -51,7 +54,8 @@ class Shortcut:
         profile = PROFILES[DEFAULT_PROFILE]
         defaults = {**vars(RuntimeConfig()), "quantization": profile.quantization}
         return (
-            self.precision in ("float32", DEFAULT_PRECISION)
+            self.num_processes == 1
+            and self.precision in ("float32", DEFAULT_PRECISION)
             and (self.vae_precision or DEFAULT_PRECISION) == DEFAULT_PRECISION
             and all(getattr(profile.sampling, name) == value for name, value in self.sampling.items())
             and all(_may_be_chosen(name, value, defaults[name]) for name, value in self.runtime.items())
@@ -75,7 +79,9 @@ SHORTCUTS = (
     Shortcut("no guidance", "guidance", sampling={"guidance_scale": 1.0}),
     Shortcut("encodings kept from an earlier clip", "sharing", cached=True),
     Shortcut("two processes share the clips", "sharing", num_processes=2),
-    Shortcut("VAE in bfloat16", "precision", vae_precision="bfloat16"),
+    Shortcut("our VAE pass, streamed", "VAE", own_vae=True),
+    Shortcut("VAE in bfloat16", "VAE", vae_precision="bfloat16"),
+    Shortcut("our VAE pass, streamed, in bfloat16", "VAE", own_vae=True, vae_precision="bfloat16"),
     Shortcut("bfloat16", "precision", precision="bfloat16"),
     *(
         Shortcut(f"bfloat16, {kind} products", "precision", precision="bfloat16", runtime={"quantization": kind})
@@ -92,13 +98,21 @@ SHORTCUTS = (
         for policy in ("balanced", "low")
     ),
     Shortcut(
-        "as installed", "together", precision="bfloat16", runtime={"attention": None, "memory": "auto"}, needs_gpu=True
+        "as installed",
+        "together",
+        precision="bfloat16",
+        runtime={"attention": None, "memory": "auto"},
+        own_vae=True,
+        cached=True,
+        needs_gpu=True,
     ),
     Shortcut(
         "as installed, fp8 products and attention",
         "together",
         precision="bfloat16",
         runtime={"attention": "flash_attention_3_float8", "quantization": "fp8"},
+        own_vae=True,
+        cached=True,
         needs_gpu=True,
     ),
 )

@@ -18,6 +18,7 @@ from scail.mini.shortcuts import DEFAULT_PRECISION, SHORTCUTS, Shortcut
 from scail.pipeline import ScailPipeline
 
 DOCS = Path(__file__).parents[3] / "docs"
+OWN_VAE = "our VAE pass, streamed"
 BY_NAME = {shortcut.name: shortcut for shortcut in SHORTCUTS}
 
 
@@ -37,7 +38,14 @@ def saved() -> list[int]:
 
 @pytest.fixture(scope="module")
 def report(trial, saved) -> dict:
-    names = ("encodings kept from an earlier clip", "no guidance", "bfloat16", "8 steps, dpm++", "VAE in bfloat16")
+    names = (
+        "encodings kept from an earlier clip",
+        "no guidance",
+        "bfloat16",
+        "8 steps, dpm++",
+        "VAE in bfloat16",
+        OWN_VAE,
+    )
     broken = Shortcut("broken", "precision", sampling={"shift": -1.0})
     return measure(trial, [broken, *(BY_NAME[name] for name in names)], save=lambda it: saved.append(len(it["rows"])))
 
@@ -55,6 +63,8 @@ def test_what_changes_nothing_is_equal_and_what_changes_something_is_not(report)
     assert rows["no guidance"]["latent_rms"] > rows["bfloat16"]["latent_rms"] > 1e-4
     assert rows["8 steps, dpm++"]["latent_rms"] > 1e-4
     assert rows["VAE in bfloat16"]["psnr"] > 30
+    assert rows[OWN_VAE]["latent_rms"] < 1e-4
+    assert rows[OWN_VAE]["psnr"] is None or rows[OWN_VAE]["psnr"] > 60
     assert all(row["worst_psnr"] <= row["psnr"] for row in rows.values() if row.get("psnr"))
 
 
@@ -68,7 +78,7 @@ def test_clips_of_two_processes_are_those_of_one(trial):
 
 def test_a_row_that_cannot_be_measured_says_why_and_the_others_go_on(report, saved):
     assert "shift is -1.0" in rows_of(report)["broken"]["failed"]
-    assert saved == [1, 2, 3, 4, 5, 6]  # whoever is stopped keeps what there was
+    assert saved == [1, 2, 3, 4, 5, 6, 7]  # whoever is stopped keeps what there was
 
 
 def test_rows_for_a_gpu_are_left_out_on_a_cpu():
