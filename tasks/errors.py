@@ -8,6 +8,7 @@ out of GPU memory                    the same worker   4    all freed; then unde
 not finite, or black                 the same worker   2    the second time on the exact path
 a fault of the GPU                   another worker    -    the process replaces itself: its CUDA context is lost
 a worker lost, stopped, superseded   another worker    -
+no Prefect server for a fresh one    another worker    -    or the same, later
 everything else                      nowhere           1    a bug of ours does not go away
 
 Where no number is given, the clip's own starts are counted (tasks/attempts.py): after `max_starts` workers that died
@@ -39,6 +40,9 @@ RETRY_JITTER = 0.5
 _LOST_WORKER = frozenset(
     {"KilledWorker", "NoValidWorkerError", "FutureCancelledError", "CommClosedError", "CrashedRun"}
 )
+
+
+_NO_SERVER = "Failed to reach API at"  # a RuntimeError of Prefect's, before a task of a fresh process begins
 
 
 class RefusedError(Exception):
@@ -108,7 +112,7 @@ def policy_for(error: BaseException) -> Policy:
             return Policy(Where.NOWHERE)
         case DeviceFaultError() | Interrupted() | asyncio.CancelledError() | concurrent.futures.CancelledError():
             return Policy(Where.ANOTHER_WORKER)
-    lost = type(error).__name__ in _LOST_WORKER  # by name: Dask may not be installed
+    lost = type(error).__name__ in _LOST_WORKER or str(error).startswith(_NO_SERVER)  # by name: Dask may be absent
     return Policy(Where.ANOTHER_WORKER if lost else Where.NOWHERE)
 
 

@@ -33,6 +33,8 @@ HERE, ELSEWHERE, NOWHERE = Where.SAME_WORKER, Where.ANOTHER_WORKER, Where.NOWHER
         (asyncio.CancelledError(), Policy(ELSEWHERE)),
         (errors.RunCancelledError("stopped"), Policy(NOWHERE)),
         (errors.TooManyStartsError("3 workers"), Policy(NOWHERE)),
+        (RuntimeError("Failed to reach API at http://127.0.0.1:4200/api/"), Policy(ELSEWHERE)),
+        (RuntimeError("a bug of ours"), Policy(NOWHERE)),
         (ZeroDivisionError(), Policy(NOWHERE)),
     ],
 )
