@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test lint lint-infra format clean
 
 setup: $(VENV)/.installed
 
@@ -12,6 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip check
+	$(BIN)/python infra/runpod/overlay.py $(VENV)/runpod
 	touch $@
 
 demo: setup
@@ -21,10 +22,18 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-lint: setup
+lint: setup lint-infra
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# What infra/ says, checked by the tools of each language. tests/infra checks that it says the same as the program.
+lint-infra: setup
+	$(BIN)/hadolint infra/Dockerfile
+	$(BIN)/shellcheck infra/*.sh infra/runpod/*.sh
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec infra/compose.yaml
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml,$(wildcard infra/k8s/*.yaml))
+	$(BIN)/python infra/terraform/check.py infra/terraform
 
 format: setup
 	$(BIN)/ruff format .

@@ -23,6 +23,11 @@ def test_the_tree_in_the_readme_names_every_source_file():
 
 
 def test_every_file_that_the_documents_link_to_is_there():
-    for document in [ROOT / "README.md", ROOT / "manifests" / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for document in [
+        ROOT / "README.md",
+        ROOT / "manifests" / "README.md",
+        ROOT / "infra" / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -65,7 +65,7 @@ def test_a_worker_told_to_end_gives_its_clip_back_at_the_next_step(cluster, tmp_
 
 
 def test_a_clip_whose_worker_was_told_to_end_and_killed_goes_elsewhere_and_is_not_blamed(cluster, tmp_path):
-    run = cluster.render(write_clips(tmp_path, ["hang-once"]), tmp_path / "out")
+    run = cluster.render(write_clips(tmp_path, ["hang-once, told to end"]), tmp_path / "out")
     worker = wait_for_computing(run)
     name, command = command_of(cluster, worker)
     command.terminate()

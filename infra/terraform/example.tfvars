@@ -1,0 +1,3 @@
+project   = "studio-renders"
+region    = "europe-west4"
+producers = ["group:production@studio.example"]
