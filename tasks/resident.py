@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail.config import DEFAULT_PROFILE, POLICIES, PROFILES, PlacementPolicy, RuntimeConfig
@@ -119,6 +121,7 @@ def _load(spec: PipelineSpec) -> ScailPipeline:
             "SCAIL_LORA are those of whoever planned the clips."
         )
     start = time.perf_counter()
+    keep_compiled(Settings().cache_dir)
     device, dtype = choose_device(spec.device, spec.dtype)
     if runtime.quantization != "none":
         if (stored := read_quantization(folder)) != "none":
@@ -176,6 +179,12 @@ class Room:
 
 
 room = Room()
+
+
+def keep_compiled(cache_dir: Path) -> None:
+    """Let the compilers keep their work where the next worker of this machine finds it; whoever set a place has it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "compiled"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "compiled" / "triton"))
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -60,7 +60,8 @@ class Settings(BaseSettings):
 
     checkpoint: str = Field("checkpoints/SCAIL-14B", description="Folder written by `scail convert`, or its URI.")
     cache_dir: Path = Field(
-        default_factory=lambda: Path.home() / ".cache" / "scail", description="Checkpoints fetched from a bucket."
+        default_factory=lambda: Path.home() / ".cache" / "scail",
+        description="Checkpoints fetched from a bucket; compiled kernels, for the next worker.",
     )
     device: str = Field("auto", description="`cuda`, `cuda:1`, `cpu`; `auto` takes a GPU if there is one.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="`auto`: bfloat16 on a GPU.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -191,11 +192,13 @@ class ScailTransformer(nn.Module):
         last = self.config.num_layers - 1
         for index, block in enumerate(cast(Iterable[TransformerBlock], self._sources[1])):
             span = video if index == last else None
-            shared = block.attend(tokens, modulation, sides[0].rotary, span) if index == 0 else None
+            # Never compiled with a span: its numbers would be constants, and every other size of a clip another graph.
+            attend = block.attend if span is None else partial(TransformerBlock.attend, block, span=span)
+            shared = attend(tokens, modulation, sides[0].rotary) if index == 0 else None
             for number, side in enumerate(sides):
                 own = hidden[number]
-                update = block.attend(own, modulation, side.rotary, span) if shared is None else shared
-                own = own[:, video] if span else own
+                update = attend(own, modulation, side.rotary) if shared is None else shared
+                own = own[:, video].contiguous() if span else own
                 hidden[number] = block.finish(own, update, modulation, *side.of_block(index))
         return hidden
 
