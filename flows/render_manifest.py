@@ -153,7 +153,8 @@ def twin_result(result: ClipResult, job: ClipJob, twin: ClipRequest) -> ClipResu
 def show_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: str) -> State[Summary | None]:
     """What a dry run leaves behind: the plan in Prefect's UI, and nothing else."""
     publish_plan(plan, rows, forecast, manifest_uri=manifest_uri)
-    return closing_state([*rows.invalid, *plan.settled], f"dry run: {plan_line(plan, rows)}; {forecast}", None)
+    expected = f"; {forecast}" if plan.jobs else ""
+    return closing_state([*rows.invalid, *plan.settled], f"dry run: {plan_line(plan, rows)}{expected}", None)
 
 
 def closing_state(results: Iterable[ClipResult], message: str, summary: Summary | None) -> State[Summary | None]:

@@ -18,8 +18,9 @@ import base64
 import io
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from heapq import nsmallest
 from typing import Any
@@ -141,26 +142,38 @@ def publish_plan(plan: Plan, rows: Rows, forecast: Forecast, *, manifest_uri: st
         create_table_artifact(
             sorted(lines, key=lambda line: int(line["line"]))[:MAX_TABLE_ROWS],
             key=artifact_key(manifest_uri, "plan"),
-            description=f"{plan_line(plan, rows)}. {_sentence(str(forecast))}",
+            description=f"{plan_line(plan, rows)}. {_sentence(str(forecast)) if plan.jobs else ''}",
         )
 
 
-def publish_night(ended: Mapping[str, tuple[str, str]], outputs: Mapping[str, str], *, folder: str) -> None:
-    """What became of every manifest of a folder, as a table; called by the flow that rendered them.
+@dataclass(frozen=True)
+class ManifestEnd:
+    """What became of one manifest of a folder.
 
-    Args:
-        ended: State and message of each manifest's run, by URI; the other manifests were done before.
-        outputs: Of every manifest, by URI.
-        folder: Of the manifests.
+    Attributes:
+        manifest, output: URIs.
+        run: The name of its run's last state, or that it was done before.
+        why: What is to be known of it; else empty.
+        has_report: Whether its run came so far.
     """
+
+    manifest: str
+    output: str
+    run: str
+    why: str
+    has_report: bool
+
+
+def publish_night(ends: Sequence[ManifestEnd], *, folder: str) -> None:
+    """What became of every manifest of a folder, as a table; called by the flow that rendered them."""
     with _only_logged("night"):
         rows = []
-        for uri, output in outputs.items():
-            state, message = ended.get(uri, ("done before", ""))
-            url = storage.browser_url(storage.join(output, REPORT))
-            report = f"[report]({url})" if url else output
-            rows.append({"manifest": storage.name(uri), "run": state, "report": report, "what": _short(message)})
-        create_table_artifact(rows, key=artifact_key(folder, "night"), description="Manifests that are not done first.")
+        for end in ends:
+            url = storage.browser_url(storage.join(end.output, REPORT))
+            report = (f"[report]({url})" if url else end.output) if end.has_report else ""
+            name = storage.name(end.manifest)
+            rows.append({"manifest": name, "run": end.run, "report": report, "why": _short(end.why)})
+        create_table_artifact(rows, key=artifact_key(folder, "night"), description=f"The manifests of {folder}")
 
 
 def summary_markdown(results: Iterable[ClipResult], *, summary: Summary, report_uri: str) -> str:
@@ -214,7 +227,7 @@ def _by_need(result: ClipResult) -> tuple[bool, bool, int]:
 
 
 def _plan_row(row: int, clip_id: str, what: str, why: str) -> dict[str, Any]:
-    return {"clip": clip_id, "line": row, "what": what, "why": _short(why)}
+    return {"clip": clip_id, "line": row, "what": what, "why": _short(_without_line(why, row))}
 
 
 def _steps(params: Any) -> str:
@@ -227,9 +240,10 @@ def _without_line(message: str, row: int) -> str:
 
 
 def _short(words: str) -> str:
-    """As much of a message as a cell shows, and nothing that the UI takes for a link."""
+    """Beginning and end of a message, as much as a cell shows, and nothing that the UI takes for a link."""
     line = " ".join(words.split()).replace("](", "] (")
-    return line if len(line) <= MAX_CELL_CHARS else f"{line[: MAX_CELL_CHARS - 1]}…"
+    half = MAX_CELL_CHARS // 2 - 1
+    return line if len(line) <= MAX_CELL_CHARS else f"{line[:half]} … {line[-half:]}"
 
 
 def _video_link(result: ClipResult, output_uri: str, label: str) -> str | None:

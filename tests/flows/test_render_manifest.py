@@ -245,6 +245,21 @@ def test_skip_invalid_renders_the_good_rows_and_reports_the_others(write_manifes
     assert "multiple of 32" in rows_of(summary)[1]["message"]
 
 
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(write_manifest, tmp_path, checkpoint):
+    def dry(*rows: dict[str, object]):
+        options = RenderOptions(checkpoint=str(checkpoint), dry_run=True)
+        return render_manifest(str(write_manifest(*rows)), str(tmp_path / "out"), options, return_state=True)
+
+    good = dry({"clip_id": "a"}, {"clip_id": "b"})
+    bad = dry({"clip_id": "a"}, {"clip_id": "b", "pose": tmp_path / "gone.mp4"})
+
+    assert good.is_completed()
+    assert good.message.startswith("dry run: 1 to render, 1 repeated, 0 invalid; ")
+    assert bad.is_failed()
+    assert "b: line 3, column pose: " in bad.message
+    assert not (tmp_path / "out").exists()
+
+
 def test_limit_takes_the_first_rows(write_manifest, tmp_path, checkpoint):
     manifest = write_manifest({"clip_id": "a"}, {"clip_id": "b", "seed": 2}, {"clip_id": "c", "seed": 3})
 

@@ -58,7 +58,9 @@ def test_a_manifest_that_cannot_be_used_stops_no_other_one(night, tmp_path):
     state = run()
 
     assert state.is_failed()
-    assert state.message == "2 manifests: 1 rendered, 1 failed, 0 done before"
+    first, second = state.message.splitlines()
+    assert first == "2 manifests: 1 rendered, 1 failed, 0 done before"
+    assert second.startswith("a.csv: line 2, column clip_id: ")
     assert (tmp_path / "out" / "b" / "clips" / "good" / "video.mp4").exists()
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
     with get_client(sync_client=True) as client:
