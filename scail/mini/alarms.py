@@ -110,7 +110,11 @@ is published, and its row flagged in `results.csv`, `review.csv` and the report.
 
 This page is written by `python -m scail.mini.alarms --page docs/quality.md`. The limits are set on procedural
 characters before still backgrounds: films with a moving camera, or with weights other than the miniature's, may need
-others, `identity` first of all, as the miniature's image encoder is random.
+others, `identity` first of all, as the miniature's image encoder is random. Held once against a film, the official
+example 001 (its driving video as a clip, 65 frames at 512 x 896, under its official pose video): `ok`, motion agreement
+0.74, sharpness 0.65, flicker 0.01; each defect below was noticed by its own number, and example 002 under the pose of
+001 by its motion agreement, -0.01. Measuring 81 frames of 512 x 896 takes 1.4 s of one CPU core, beside the GPU's work
+on the next clip.
 """
 
 
