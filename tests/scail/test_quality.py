@@ -80,7 +80,7 @@ def test_pixels_that_are_no_number_do_not_become_black_ones():
     pixels[0, 1, 1, 2, 3] = torch.nan
 
     with pytest.raises(GenerationError, match="1 decoded values are not finite"):
-        to_frames(pixels)
+        list(to_frames([pixels]))
 
 
 def test_somebody_else_elsewhere_has_another_identity(items):
