@@ -25,8 +25,8 @@ def _takes_kernel(x: Tensor) -> bool:
 
 
 def _takes_convolution(x: Tensor) -> bool:
-    """The kernels use Hopper's copy engine, and tensor cores that take 16 bits."""
-    return _takes_kernel(x) and x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """The convolutions want a copy engine, and 200 KB of shared memory: Hopper, or Blackwell of the data centre."""
+    return _takes_kernel(x) and x.dtype.itemsize == 2 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def qk_norm_rotary(

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scail.bench import random_pipeline
+from scail.config import SCAIL_TINY, SamplingParams
+from scail.video import probe_video
+from tasks.warm_worker import BusyTimes, render_clips, write_clips
+
+
+def test_the_gpu_is_idle_between_the_clips():
+    times = BusyTimes(((0.0, 2.0), (2.5, 4.0), (4.0, 6.0)))
+
+    assert times.seconds_per_clip == 2.0
+    assert times.busy_share == pytest.approx(3.5 / 4)
+
+
+def test_clips_are_rendered_one_after_another_each_into_its_video(tmp_path):
+    pipeline = random_pipeline(SCAIL_TINY, device=torch.device("cpu"), dtype=torch.float32)
+    clips = write_clips(tmp_path, num_clips=3, num_frames=5, height=64, width=96)
+
+    times = render_clips(pipeline, clips, tmp_path, SamplingParams(num_inference_steps=1, guidance_scale=1.0))
+
+    assert len({reference.read_bytes() for reference, _ in clips}) == 3
+    infos = [probe_video(tmp_path / f"{number}.mp4") for number in range(3)]
+    assert {(info.num_frames, info.width, info.height) for info in infos} == {(5, 96, 64)}
+    assert all(earlier[1] <= later[0] for earlier, later in zip(times.spans, times.spans[1:], strict=False))
+    assert 0 < times.busy_share <= 1
