@@ -47,6 +47,7 @@ from tasks.storage import StorageError, StoragePolicy
 logger = logging.getLogger(__name__)
 
 PUBLISHED = "published"
+_LEAVES = frozenset({"Abort"})  # Prefect's, by name: processes that only plan do not import it
 MAX_LOST = 10  # starts whose worker died, at whatever stage; most of them will have died of something else
 CLOSING_LOOK_SECONDS = 1.0  # a worker that was told to end, and may be killed any moment, puts that on record soon
 LOOKS_PER_CLAIM = 6  # so often a worker says that it is alive before others may think that it is not
@@ -106,10 +107,10 @@ class OpenAttempt:
         Raises:
             Interrupted: One of its kinds in `tasks/errors.py`.
         """
-        if worker_closing.is_set() and not finishing:
-            raise WorkerClosingError("the worker was told to end")
         if self._record.run_id in stopped_runs:
             raise RunCancelledError("the run was stopped")
+        if worker_closing.is_set() and not finishing:
+            raise WorkerClosingError("the worker was told to end")
         if self._stopped_by:
             raise self._stopped_by
 
@@ -223,6 +224,8 @@ def cancelling_on_exit(
 ) -> Iterator[None]:
     """If the run is stopped inside, by a signal or a cancellation, its clips stop at their next step.
 
+    If another process goes on with it, they are that one's to wait for.
+
     Args:
         output_uri: The folder of all clips.
         run_id: Whose clips they are.
@@ -232,7 +235,9 @@ def cancelling_on_exit(
     try:
         yield
     except BaseException as error:
-        if isinstance(error, RunCancelledError) or not isinstance(error, Exception):
+        if isinstance(error, RunCancelledError) or not (
+            isinstance(error, Exception) or type(error).__name__ in _LEAVES
+        ):
             tell(run_id)
             with suppress(StorageError):
                 storage.publish_bytes(cancel_uri(output_uri, run_id), b"", policy=policy)

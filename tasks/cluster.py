@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -177,7 +178,8 @@ def local_cluster(num_processes: int, checkpoint: str) -> Iterator[SpecCluster]:
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
     }
     try:
-        cluster = SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.ERROR)
+        with deaf_to_ctrl_c():
+            cluster = SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.ERROR)
     except RuntimeError as error:
         raise RefusedError(f"the workers could not be started: {error.__cause__ or error}") from error
     with cluster:
@@ -294,17 +296,30 @@ def _connected_client(runner: Any) -> Client:
 
 
 @contextmanager
-def shared_prefect_api(workers: Workers) -> Iterator[None]:
-    """While open, worker processes report to the Prefect server that this process uses.
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started inside do not get the terminal's Ctrl-C: we end them, once we have said our last word.
 
-    Without a configured server Prefect starts a temporary one; processes on this machine are told where it is.
+    A Prefect server that went with the signal left the flow asking it for two minutes how to record its own end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def shared_prefect_api(workers: Workers) -> Iterator[None]:
+    """While open, there is a Prefect server that this process and its worker processes report to.
+
+    Without a configured one, a temporary one is started; processes on this machine are told where it is.
 
     Raises:
         RefusedError: If machines elsewhere would have no server to report to.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    if workers.are_local or PREFECT_API_URL.value():
+    if PREFECT_API_URL.value():
         yield
         return
     if workers.address:
@@ -312,6 +327,7 @@ def shared_prefect_api(workers: Workers) -> Iterator[None]:
     from prefect.server.api.server import SubprocessASGIServer
 
     server = SubprocessASGIServer()
-    server.start(timeout=120)
+    with deaf_to_ctrl_c():
+        server.start(timeout=120)
     with temporary_settings({PREFECT_API_URL: server.api_url}):
         yield

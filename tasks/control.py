@@ -4,9 +4,9 @@ Whoever clicks in Prefect's UI, or calls its API, sets that state; a worker of P
 flows that it started. Here the flow itself looks, so that every run obeys, whoever started it:
 
 Paused, Suspended        no clip is begun; those under way are finished
-Running, Resuming        clips are begun again
+Running                  clips are begun again
 Cancelling, a final one  clips stop at their next step
-Pending                  another process goes on with the run: this one leaves it alone
+Scheduled, Pending       a worker of Prefect's starts the run anew: this process leaves it and its clips to that one
 """
 
 from __future__ import annotations
@@ -70,9 +70,6 @@ class Control:
     def look(self, client: SyncPrefectClient) -> None:
         """Ask for the state once."""
         flow_run = client.read_flow_run(self._flow_run_id)
-        if self._wish is Wish.PAUSE and flow_run.state and flow_run.state.is_scheduled():
-            go_on(client, flow_run)  # resumed; before a worker of Prefect's starts it a second time
-            return
         wish = wish_of(flow_run.state, earlier=self._wish)
         if wish is not self._wish:
             logger.info("asked to %s: the run is %s", wish, flow_run.state_name)
@@ -99,7 +96,7 @@ def wish_of(state: State | None, *, earlier: Wish) -> Wish:
         return earlier
     if state.is_cancelling() or state.is_final():
         return Wish.STOP
-    if state.is_pending():
+    if state.is_scheduled() or state.is_pending():
         return Wish.LEAVE
     return Wish.PAUSE if state.is_paused() else Wish.RENDER
 
@@ -169,13 +166,6 @@ def cancel(run: str) -> str:
 
     not_over = ("RUNNING", "PAUSED", "SCHEDULED", "PENDING")
     return _set_state(run, Cancelling(message="cancelled by `scail cancel`"), expected=not_over)
-
-
-def go_on(client: SyncPrefectClient, flow_run: FlowRun) -> None:
-    """A run that somebody resumed is Running again, unless another process has taken it."""
-    from prefect.states import Running
-
-    client.set_flow_run_state(flow_run.id, Running())
 
 
 def _set_state(run: str, state: State, *, expected: tuple[str, ...], force: bool = False) -> str:

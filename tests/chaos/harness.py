@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -43,13 +44,13 @@ CLAIM_SECONDS, STAGE_LIMIT_SECONDS, WORKER_TTL_SECONDS = 4, 12, 15
 DISK_MIB, MIN_FREE_BYTES = 32, 1_000_000
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> object:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 90.0, *, every: float = 0.05) -> Any:
     """The first true answer of `condition`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if answer := condition():
             return answer
-        time.sleep(0.05)
+        time.sleep(every)
     raise AssertionError(f"in {seconds:.0f} s it did not come true that {what}")
 
 
@@ -98,6 +99,10 @@ class Run:
         except subprocess.TimeoutExpired:
             kill_tree(self.process)
             raise AssertionError(f"the run did not end in {seconds:.0f} s:\n{self.tail()}") from None
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does: the command and every process that it started get the signal."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def tail(self) -> str:
         return self.log.read_text()[-4000:]
@@ -169,6 +174,7 @@ class Cluster:
             "SCAIL_SCRATCH_DIR": str(self.scratch_dir),
             "SCAIL_STAGE_LIMIT_SECONDS": str(STAGE_LIMIT_SECONDS),
             "SCAIL_TLS_DIR": str(self.tls_dir),
+            "SCAIL_WORKERS": self.address,
             **({"STORAGE_EMULATOR_HOST": self.bucket_url} if self.bucket_url else {}),
         }
         return os.environ | DASK_SETTINGS | own
@@ -199,6 +205,10 @@ class Cluster:
         """Each with a scratch disk of its own, so small that it can be filled, where the machine lets us mount one."""
         disk = (*new_mount_namespace(), *_ON_A_SMALL_DISK, str(self.scratch_dir)) if new_mount_namespace() else ()
         self._spawn(f"worker-{number}", "flows.cli", "worker", self.address, prefix=disk)
+
+    def start_coordinator(self) -> None:
+        """A worker of Prefect's: it starts a process for each run of a deployment."""
+        self._spawn("coordinator", "prefect", "worker", "start", "--pool", "scail", "--type", "process")
 
     def kill(self, name: str) -> None:
         process = self.processes.pop(name)
@@ -261,21 +271,44 @@ class Cluster:
     ) -> Run:
         log = manifest.parent / f"{name}.log"
         arguments = ["render", manifest, "--output", output, "--checkpoint", self.checkpoint, *options]
-        command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
+        program = "tests.chaos.local_command" if workers == "local" else "flows.cli"
+        command = [sys.executable, "-m", program, *map(str, arguments)]
         command += ["--workers", workers or self.address]
         with log.open("w") as file:
-            process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=file, stderr=file)
+            process = subprocess.Popen(
+                command, env=self.environment, cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+            )
         return Run(process, manifest, output, log)
 
     def flow_state(self, run: Run) -> str:
         """The state of the newest flow run of a manifest, as Prefect tells it."""
+        return self.flow_run(run)["state"]["type"]
+
+    def flow_run_id(self, run: Run) -> str:
+        return self.flow_run(run)["id"]
+
+    def cancel(self, flow_run_id: str) -> None:
+        """What the button in Prefect's UI does."""
+        self.call(f"flow_runs/{flow_run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+
+    def call(self, path: str, content: object = None) -> Any:
+        """A POST to Prefect's API, a GET if there is no content; again while its SQLite is locked, as clients do."""
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(f"{self.api_url}/{path}", data, {"Content-Type": "application/json"})
+        for pause in (1, 2, 4, 0):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or not pause:
+                    raise
+                time.sleep(pause)
+        return None
+
+    def flow_run(self, run: Run) -> dict:
         query = {"flow_runs": {"name": {"any_": [run.manifest.name]}}, "sort": "START_TIME_DESC"}
-        request = urllib.request.Request(
-            f"{self.api_url}/flow_runs/filter", json.dumps(query).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            runs = json.load(answer)
-        return next(found for found in runs if found["parameters"]["manifest"] == str(run.manifest))["state"]["type"]
+        runs = self.call("flow_runs/filter", query)
+        return next(found for found in runs if found["parameters"]["manifest"] == str(run.manifest))
 
     def _spawn(self, name: str, module: str, *arguments: object, prefix: tuple[str, ...] = ()) -> None:
         with (self.root / f"{name}.log").open("a") as log:

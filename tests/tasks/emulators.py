@@ -6,6 +6,9 @@ Clients find them as they would find any other endpoint: by STORAGE_EMULATOR_HOS
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,17 +36,50 @@ def google_emulator() -> Iterator[FaultProxy]:
 
 
 @contextmanager
-def google_server() -> Iterator[FaultProxy]:
+def google_server(*options: str) -> Iterator[FaultProxy]:
     """fake-gcs-server with its memory backend."""
     with _proxy() as proxy:
         port = _free_port()
         command = [str(_google_binary()), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
         command += ["-port", str(port), "-external-url", proxy.url, "-public-host", proxy.url.removeprefix("http://")]
+        command += options
         with _server(command, f"http://127.0.0.1:{port}/storage/v1/b") as process:
             proxy.upstream = f"http://127.0.0.1:{port}"
             _request("POST", f"{proxy.upstream}/storage/v1/b?project=test", b'{"name": "%s"}' % BUCKET.encode())
             yield proxy
             assert process.poll() is None, "the emulator died"
+
+
+@dataclass(frozen=True)
+class PubSub:
+    """Google's Pub/Sub emulator, or one that somebody else has started."""
+
+    host: str
+
+    def create(self, *, topic: str, subscription: str) -> None:
+        """A topic of the project `test`, and a subscription to it."""
+        name = f"projects/test/topics/{topic}"
+        _request("PUT", f"http://{self.host}/v1/{name}", b"{}")
+        content = json.dumps({"topic": name}).encode()
+        _request("PUT", f"http://{self.host}/v1/projects/test/subscriptions/{subscription}", content)
+
+    def publish(self, topic: str, **attributes: str) -> None:
+        content = json.dumps({"messages": [{"attributes": attributes}]}).encode()
+        _request("POST", f"http://{self.host}/v1/projects/test/topics/{topic}:publish", content)
+
+
+@contextmanager
+def pubsub_emulator() -> Iterator[PubSub]:
+    """The emulator of Google's SDK where that is installed, or the one at PUBSUB_EMULATOR_HOST; else the test skips."""
+    if host := os.environ.get("PUBSUB_EMULATOR_HOST"):
+        yield PubSub(host)
+        return
+    program = Path("/usr/lib/google-cloud-sdk/platform/pubsub-emulator/bin/cloud-pubsub-emulator")
+    if not program.exists() or not shutil.which("java"):
+        pytest.skip("Google's Pub/Sub emulator is not installed (apt: google-cloud-cli-pubsub-emulator)")
+    port = _free_port()
+    with _server([str(program), "--host=127.0.0.1", f"--port={port}"], f"http://127.0.0.1:{port}/"):
+        yield PubSub(f"127.0.0.1:{port}")
 
 
 @contextmanager
