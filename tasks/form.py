@@ -48,7 +48,7 @@ def _profile_help() -> str:
         how = [f"{_about(full_clip_seconds(profile))} a clip", f"{profile.sampling.num_inference_steps} steps"]
         how += ["float8"] if profile.quantization == "fp8" else []
         how += ["only for weights with a step-distilled LoRA"] if profile.step_distilled else []
-        lines.append(f"- **{name}**: {', '.join(how)}")
+        lines.append(f"- {name}: {', '.join(how)}")
     height, width = DEFAULT_SIZE
     size = f"{MAX_FRAMES} frames at {height} × {width} on an {DEFAULT_DEVICE}"  # noqa: RUF001  # a sign, for readers
     # Prefect's UI takes a line break for a space, except where a paragraph ends.

@@ -30,7 +30,7 @@ def test_the_profile_is_a_choice_with_its_expected_time():
     lines = FIELDS["profile"]["description"].splitlines()
     for name, profile in PROFILES.items():
         minutes = full_clip_seconds(profile) / 60
-        [line] = [line for line in lines if line.startswith(f"- **{name}**: ")]
+        [line] = [line for line in lines if line.startswith(f"- {name}: ")]
         assert f"about {minutes:.0f} min a clip" in line or f"about {60 * minutes:.0f} s a clip" in line
 
 
