@@ -20,7 +20,7 @@ demo: setup
 
 # Two at a time: tests/chaos waits for processes to die and to come back while the other half computes.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: setup lint-infra
 	$(BIN)/ruff format --check .

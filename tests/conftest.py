@@ -22,10 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that share a cluster or a Prefect server stay in one process of `pytest -n 2 --dist loadgroup`."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            folder = item.path.relative_to(TESTS).parts[0]
-            group = folder if folder in SHARING_FOLDERS else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """`pytest -n 2`: tests of a file stay together, and those that share a cluster or a Prefect server do."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class BySharedFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return next((folder for folder in SHARING_FOLDERS if folder in path.split("/")), path)
+
+    return BySharedFixtures(config, log)
