@@ -5,6 +5,7 @@ Importing this module costs nothing: no torch, so that a process that only plans
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Literal
@@ -176,9 +177,10 @@ class LoraFile:
         """`FILE:STRENGTH`, or `FILE` alone for a strength of 1."""
         path, colon, strength = text.strip().rpartition(":")
         try:
-            return cls(path, float(strength)) if colon else cls(text.strip())
+            number = float(strength) if colon else math.nan
         except ValueError:
-            return cls(text.strip())
+            number = math.nan
+        return cls(path, number) if math.isfinite(number) else cls(text.strip())
 
     @property
     def name(self) -> str:

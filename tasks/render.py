@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -248,9 +249,17 @@ def cpu_stage(name: str, report: Report, seconds: dict[str, float]) -> Iterator[
 def recover_from(error: Exception) -> None:
     """Leave the process fit for the next clip, or end it where nothing else helps."""
     if isinstance(error, OutOfMemoryError):
+        _let_go_of_locals(error)
         room.was_too_small()
     if isinstance(error, errors.DeviceFaultError) and in_dask_worker():
         replace_process()
+
+
+def _let_go_of_locals(error: BaseException | None) -> None:
+    """Empty the frames that an error came through: Prefect keeps it, and with it a model and a clip's tensors."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def provenance(job: ClipJob) -> dict[str, Any]:

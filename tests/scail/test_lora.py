@@ -201,7 +201,12 @@ def test_a_lora_is_fused_while_a_checkpoint_is_loaded(tiny_checkpoint, tmp_path,
 
 @pytest.mark.parametrize(
     ("text", "path", "strength"),
-    [("a.safetensors:0.8", "a.safetensors", 0.8), ("a.safetensors", "a.safetensors", 1.0), ("/x/b:c", "/x/b:c", 1.0)],
+    [
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("/x/b:c", "/x/b:c", 1.0),
+        ("a:nan", "a:nan", 1.0),
+    ],
 )
 def test_a_file_and_its_strength_are_one_word(text, path, strength):
     assert LoraFile.parse(text) == LoraFile(path, strength)

@@ -378,6 +378,31 @@ def test_memory_policies_come_one_after_the_other_down_to_the_last(media, checkp
     assert task().metrics.memory == "low"
 
 
+def test_a_model_that_did_not_fit_leaves_before_the_next_is_loaded_though_its_error_is_kept(
+    media, checkpoint, tmp_path, monkeypatch
+):
+    too_large_for({"resident"}, monkeypatch)
+    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint))
+    task = partial(render_clip.fn, clip, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint))
+    pipelines, kept = [], []
+    load = resident._load
+
+    def counted(spec):
+        assert not any(pipeline() for pipeline in pipelines)
+        pipelines.append(weakref.ref(loaded := load(spec)))
+        return loaded
+
+    monkeypatch.setattr(resident, "_load", counted)
+    for _ in range(2):
+        try:
+            task()
+        except OutOfMemoryError as error:
+            kept.append(error)  # as Prefect keeps it in the state of the attempt
+
+    assert task().metrics.memory == "balanced"
+    assert (len(kept), len(pipelines)) == (2, 2)
+
+
 def test_without_a_cheaper_policy_the_clip_fails(media, checkpoint, tmp_path, monkeypatch):
     too_large_for({"resident", "balanced", "low"}, monkeypatch)
     clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint))
