@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -528,7 +529,11 @@ def main() -> None:
     # Threads of torch that wait in a loop take the cores from Prefect's server beside them: a decode on two cores
     # took 9 s instead of 1.5 s. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    try:
+        app()
+    except RefusedError as error:  # a flow's module reads the settings when it is imported
+        _say_refused(error)
+        sys.exit(ExitCode.REFUSED)
 
 
 @contextmanager
@@ -586,9 +591,13 @@ def _stopped(what: str) -> NoReturn:
 
 
 def _refuse(error: RefusedError) -> NoReturn:
+    _say_refused(error)
+    raise typer.Exit(ExitCode.REFUSED)
+
+
+def _say_refused(error: RefusedError) -> None:
     err.print("[red]refused[/red] ", end="")
     err.print(str(error), markup=False)
-    raise typer.Exit(ExitCode.REFUSED)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,16 @@ def test_a_setting_left_empty_is_one_that_is_not_set(monkeypatch):
     assert (Settings().price_per_gpu_hour, Settings().webhook_url) == (None, None)
 
 
+def test_whoever_is_told_of_certificates_finds_them():
+    for name, service in SERVICES.items():
+        mounted = any(isinstance(volume, dict) and volume["target"] == "/certificates" for volume in service["volumes"])
+        assert mounted == ("SCAIL_TLS_DIR" in service.get("environment", {})), name
+    for name, pod in PODS.items():
+        container = container_of(pod)
+        told = "envFrom" in container or any(each["name"] == "SCAIL_TLS_DIR" for each in container["env"])
+        assert told == any(mount["mountPath"] == "/certificates" for mount in container["volumeMounts"]), name
+
+
 def test_ports_pool_and_addresses_agree():
     config = next(document["data"] for _, document in MANIFESTS if document["kind"] == "ConfigMap")
     services = {d["metadata"]["name"]: d["spec"]["ports"][0]["port"] for _, d in MANIFESTS if d["kind"] == "Service"}

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 
+from flows import cli
 from tasks import tls
 from tasks.cluster import check_encryption, connection_arguments
 from tasks.errors import RefusedError
@@ -148,3 +149,16 @@ def test_an_address_and_certificates_go_together(tmp_path):
     with pytest.raises(RefusedError, match="is not encrypted"):
         check_encryption("tcp://scheduler:8786", tmp_path)
     check_encryption("tcp://127.0.0.1:8786", None)
+
+
+def test_a_refusal_by_a_flows_module_is_said_like_any_other(monkeypatch, capsys):
+    def refusing() -> None:
+        connection_arguments("tls://scheduler:8786", None)
+
+    monkeypatch.setattr(cli, "app", refusing)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    assert ended.value.code == 2
+    assert "refused tls://scheduler:8786 asks for certificates" in capsys.readouterr().err
