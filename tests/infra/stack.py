@@ -93,7 +93,8 @@ class Stack:
             port, user, database = self.database
             given |= {"PREFECT_SERVER_DATABASE_HOST": "127.0.0.1", "PREFECT_SERVER_DATABASE_PORT": str(port)}
             given |= {"PREFECT_SERVER_DATABASE_USER": user, "PREFECT_SERVER_DATABASE_NAME": database}
-        image = {"SCAIL_SCRATCH_DIR": str(self.root / "scratch"), "SCAIL_MIN_FREE_SCRATCH_BYTES": "1000000"}
+        image = {"SCAIL_CACHE_DIR": str(self.root / "cache"), "SCAIL_SCRATCH_DIR": str(self.root / "scratch")}
+        image |= {"SCAIL_MIN_FREE_SCRATCH_BYTES": "1000000"}
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PREFECT_HOME": str(self.root / f"home-{name}")}
         quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "SCAIL_"))}
