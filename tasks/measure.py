@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from scail.config import Quantization
 from tasks.errors import RefusedError
 from tasks.resident import choose_device
 from tasks.settings import Settings
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from scail.config import RuntimeConfig
 
 # What each of them measures is in `PARTS_HELP`; those that build the whole model stand together.
-PARTS = ("clip", "forward", "float8", "clips", "vae", "pose")
+PARTS = ("clip", "forward", "float8", "clips", "memory", "vae", "pose")
 DEFAULT_PARTS = ("clip", "forward", "vae", "pose")
 PARTS_HELP = (
     "Parts, with commas: `clip` (each stage of one clip), `forward` and `float8` (one forward beside diffusers and the "
-    "ceilings, whole clips by it, kernels), `clips` (a warm worker's clips, the GPU's busy share), `vae`, `pose`."
+    "ceilings, whole clips by it, kernels), `clips` (a warm worker's clips, the GPU's busy share), `memory` (what each "
+    "policy holds and costs), `vae`, `pose`."
 )
+MEMORY_QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "none")
 FLOAT8_ATTENTION = "flash_attention_3_float8"
 
 
@@ -45,6 +48,7 @@ def measure(
     """
     from scail.bench import device_name
     from scail.bench_goals import Workload, pose_rows, rows_table, vae_rows, without_goals
+    from scail.bench_memory import memory_rows
     from scail.config import SCAIL_14B, SCAIL_TINY
 
     models = {"14b": SCAIL_14B, "tiny": SCAIL_TINY}
@@ -70,6 +74,10 @@ def measure(
     if "float8" in only:
         rows += _float8(work, document, num_steps=num_steps)
         _release()
+    if "memory" in only:
+        for quantization in MEMORY_QUANTIZATIONS:
+            rows += memory_rows(work, quantization)
+            _release()
     rows = rows if work.has_goals else without_goals(rows)
     document["rows"] = [asdict(row) | {"is_met": row.is_met} for row in rows]
     return "\n\n".join([*lines, rows_table(rows)]), json.dumps(document, indent=2) + "\n"
