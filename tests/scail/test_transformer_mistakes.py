@@ -129,7 +129,7 @@ def halves_rotated_instead_of_neighbours(recorded: Recorded, _patch: Patch) -> T
 
 def tokens_with_mask_zero(projection: nn.Module, latents: Tensor) -> Tensor:
     zeros = torch.zeros(latents.shape[0], 4, *latents.shape[2:])
-    return projection(torch.cat((latents, zeros), dim=1)).flatten(2).mT
+    return projection(torch.cat((latents, zeros), dim=1))
 
 
 def reference_mask_zero(recorded: Recorded, _patch: Patch) -> Tensor:
