@@ -49,6 +49,7 @@ def shared_cluster(tmp_path_factory: pytest.TempPathFactory, bucket_server: Faul
 
 
 @pytest.fixture
-def cluster(shared_cluster: Cluster) -> Cluster:
+def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
     shared_cluster.wait_for_workers()
-    return shared_cluster
+    yield shared_cluster
+    shared_cluster.end_commands()

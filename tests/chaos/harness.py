@@ -130,6 +130,7 @@ class Cluster:
     ports: dict[str, int] = field(default_factory=lambda: {"server": free_port(), "scheduler": free_port()})
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     bucket_url: str = ""  # of a server for gs://, if there is one
+    commands: list[subprocess.Popen] = field(default_factory=list)  # of this test
 
     @property
     def address(self) -> str:
@@ -278,7 +279,15 @@ class Cluster:
             process = subprocess.Popen(
                 command, env=self.environment, cwd=ROOT, stdout=file, stderr=file, start_new_session=True
             )
+        self.commands.append(process)
         return Run(process, manifest, output, log)
+
+    def end_commands(self) -> None:
+        """A test that failed half-way leaves no run behind."""
+        while self.commands:
+            process = self.commands.pop()
+            if process.poll() is None:
+                kill_tree(process)
 
     def flow_state(self, run: Run) -> str:
         """The state of the newest flow run of a manifest, as Prefect tells it."""
