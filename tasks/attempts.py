@@ -249,6 +249,11 @@ def cancel_uri(output_uri: str, run_id: str) -> str:
     return storage.join(output_uri, "cancelled", run_id)
 
 
+def stop_run(run_id: str) -> None:
+    """Have a run's clips in this process stop at their next step. A function, since a set would travel as a copy."""
+    stopped_runs.add(run_id)
+
+
 def worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 

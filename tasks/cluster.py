@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -233,10 +234,10 @@ def stop_clips(run_id: str) -> None:
     A worker that this does not reach finds the mark in the store a few seconds later.
     """
     if renders_here():
-        attempts.stopped_runs.add(run_id)
+        attempts.stop_run(run_id)
         return
     client: Client = _runner().client
-    tell = partial(client.run, attempts.stopped_runs.add, run_id, on_error="ignore")
+    tell = partial(client.run, attempts.stop_run, run_id, on_error="ignore")
     messenger = threading.Thread(target=_without_raising, args=(tell,), daemon=True)  # a dead scheduler answers never
     messenger.start()
     messenger.join(TELL_SECONDS)
@@ -301,6 +302,7 @@ def deaf_to_ctrl_c() -> Iterator[None]:
 
     A Prefect server that went with the signal left the flow asking it for two minutes how to record its own end.
     """
+    resource_tracker.ensure_running()  # else the first process started inside starts it, which lets the signal in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
