@@ -85,9 +85,7 @@ def check_dit(fixture: Fixture) -> Iterator[Measured]:
             yield max_abs(case, f"trace {name}", value, theirs, 1e-5)
     transformer = transformer.to(torch.bfloat16)
     for case, _, tensors in fixture.cases():
-        # oneDNN's bfloat16 products gave 3 to 9 %, another number each time, on a CPU with AMX; without it 0.65 %.
-        with torch.backends.mkldnn.flags(enabled=False):
-            out = run_transformer(transformer, tensors, torch.bfloat16).float()
+        out = run_transformer(transformer, tensors, torch.bfloat16).float()
         error = (out - tensors["out"]).norm() / tensors["out"].norm()
         yield Measured(f"{case} bf16", "velocity, relative", float(error), 0.015)
 
