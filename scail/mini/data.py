@@ -282,9 +282,9 @@ def _draw_backgrounds(rng: np.random.Generator, num: int) -> tuple[NDArray[np.fl
 def _draw_places(rng: np.random.Generator, row: NDArray[np.int64], size: Size) -> NDArray[np.float64]:
     """Where the pelvis is in the middle of the clip, (M, 3); two persons stand side by side."""
     portrait = size[0] > size[1]
-    depths = (2100, 3000) if portrait else (2700, 4000)
+    depths = (1800, 2350) if portrait else (2500, 3300)
     paired = row >= 0
-    depth = np.where(paired, rng.uniform(3300, 4300, len(row)), rng.uniform(*depths, len(row)))
+    depth = np.where(paired, rng.uniform(3000, 3900, len(row)), rng.uniform(*depths, len(row)))
     side = rng.uniform(-1, 1, len(row)) * (110 if portrait else 450)
     apart = np.where(row == 0, -1, 1) * rng.uniform(430, 560, len(row))
     return np.stack(
@@ -305,14 +305,14 @@ def _draw_joints(
     """Joints (M, T, 24, 3) of varied motions: every clip has its own speed, size of gesture, drift and sway."""
     num = len(motions)
     time = np.arange(num_frames) / FRAMES_PER_SECOND
-    speed = rng.uniform(0.4, 1.3, (num, 1))
+    speed = rng.uniform(0.25, 0.7, (num, 1))
     phase = (motions[:, 2:] + rng.random((num, 1))) / NUM_PHASES + speed * time
     gain = rng.uniform(0.65, 1.2, (num, 1, NUM_JOINTS, 1))
     gain[:, :, 0] = 1.0
     sway_size = rng.uniform(0, 0.3, (num, 1, NUM_JOINTS, 3)) * (rng.random((num, 1, NUM_JOINTS, 1)) < 0.5)
     sway_size[:, :, [0, SPINE, 6, 9, NECK]] *= 0.25
     sway_phase = (
-        rng.random((num, 1, NUM_JOINTS, 3)) + rng.uniform(0.2, 1.0, (num, 1, NUM_JOINTS, 3)) * time[:, None, None]
+        rng.random((num, 1, NUM_JOINTS, 3)) + rng.uniform(0.1, 0.5, (num, 1, NUM_JOINTS, 3)) * time[:, None, None]
     )
     yaw = rng.uniform(-max_yaw, max_yaw, (num, 1)) + rng.uniform(-0.3, 0.3, (num, 1)) * time
     drift = rng.uniform((-110, 0, -260), (110, 0, 260), (num, 3))[:, None] * (time - time[-1] / 2)[:, None]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from scail.errors import GenerationError
+from scail.mini.muon import make_optimisers
 from scail.mini.state import AveragedWeights, Progress, RunLog, save_state
 
 logger = logging.getLogger(__name__)
@@ -65,15 +67,13 @@ def train(
         module: What is trained, in float32.
         progress: From earlier runs.
         loss_at: The loss under the name `loss`, and whatever else is to be logged.
-        weight_decay: Of AdamW.
+        weight_decay: Of the matrices.
         every_save: Called after each state was saved, such as to evaluate.
 
     Returns:
         The averaged weights and how far the stage is. The state has been saved.
     """
-    optimiser = torch.optim.AdamW(
-        module.parameters(), lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=True
-    )
+    optimisers = make_optimisers(module, lr=plan.learning_rate, weight_decay=weight_decay)
     average, log = AveragedWeights(module), RunLog(plan.folder, plan.stage)
     start = last_log = last_save = time.perf_counter()
     before, good, num_summed = progress, average.snapshot(), 0
@@ -84,15 +84,16 @@ def train(
         share = max(elapsed / (60 * plan.minutes), run_step / plan.max_steps)
         if share >= 1:
             break
-        for group in optimiser.param_groups:
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = learning_rate(plan, run_step, share)
         terms = loss_at(Moment(before.num_steps + run_step, run_step, share))
-        optimiser.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         torch.autograd.backward(terms["loss"])
         if run_step == 0:
             check_gradients(module)
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(module.parameters(), GRADIENT_NORM)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         average.update()
         sums = {name: sums[name] + value.detach() if sums else value.detach() for name, value in terms.items()}
         num_summed += 1
@@ -101,7 +102,7 @@ def train(
         if now - last_log >= plan.log_every_seconds:
             means = {name: float(value) / num_summed for name, value in sums.items()}
             rate = num_summed / (now - last_log)
-            good = _log(log, progress, means, rate, average, good, optimiser)
+            good = _log(log, progress, means, rate, average, good, optimisers)
             last_log, sums, num_summed = time.perf_counter(), {}, 0
         if now - last_save >= plan.save_every_seconds:
             save_state(plan.folder, plan.stage, module, average, progress)
@@ -140,18 +141,19 @@ def _log(
     rate: float,
     average: AveragedWeights,
     good: list[Tensor],
-    optimiser: torch.optim.Optimizer,
+    optimisers: list[Optimizer],
 ) -> list[Tensor]:
     """Write a line and return the average to go back to; one that is not finite is left for the last good one."""
     text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-    learning = optimiser.param_groups[0]["lr"]
+    learning = optimisers[0].param_groups[0]["lr"]
     logger.info("step %d, %.0f s, %.1f/s, rate %.1e: %s", progress.num_steps, progress.seconds, rate, learning, text)
     log.write(step=progress.num_steps, seconds=progress.seconds, rate=rate, learning_rate=learning, **means)
     if all(math.isfinite(value) for value in means.values()):
         return average.snapshot()
     logger.warning("not finite: back to the weights of the last line")
     average.restore(good)
-    optimiser.state.clear()
+    for optimiser in optimisers:
+        optimiser.state.clear()
     return good
 
 

@@ -49,17 +49,19 @@ from scail.models.vae import VideoVae
 logger = logging.getLogger(__name__)
 
 VAE, DIT = "vae", "dit"
-LEARNING_RATES = {VAE: 3e-4, DIT: 1.5e-3}
+LEARNING_RATES = {VAE: 2e-3, DIT: 2e-3}
 
 
-def run_vae(plan: RunPlan, kinds: list[BatchKind], *, resume: Path | None, device: torch.device) -> Progress:
+def run_vae(
+    plan: RunPlan, kinds: list[BatchKind], *, resume: Path | None, device: torch.device, pool_scale: float = 1.0
+) -> Progress:
     """One run of the VAE's training. Its weights end with the normalisation of the latents folded into them."""
     vae = vae_stage.start_from_nothing(SCAIL_MINI.vae).to(device)
     progress = load_state(resume, VAE, vae) if resume else Progress()
     logger.info("%d parameters, %s", parameters_of([vae]), progress)
-    average, progress = train_vae(plan, vae, progress, kinds, device)
+    average, progress = train_vae(plan, vae, progress, kinds, device, pool_scale=pool_scale)
     average.swap()
-    clips = [kind for kind in kinds if not kind.pose and kind.num_frames > 1]
+    clips = [kind for kind in kinds if not kind.pose and kind.num_frames > 1 and kind.size == kind.film_size]
     fold_normalisation(
         vae, [draw_pixels(kind, 8, (7, i), held_out=False, device=device) for i, kind in enumerate(clips)]
     )
@@ -127,9 +129,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, required=True, help="of training; ends about half a minute later")
     parser.add_argument("--resume", type=Path, help="folder of the run to go on from")
     parser.add_argument("--vae", type=Path, help="folder of the trained VAE; needed by --stage dit")
-    parser.add_argument("--learning-rate", type=float, help="at its highest; 3e-4 for the VAE, 1.5e-3 for the DiT")
+    parser.add_argument("--learning-rate", type=float, help="at its highest; 2e-3")
     parser.add_argument("--batch-scale", type=float, default=1.0, help="multiplies the VAE's batches")
-    parser.add_argument("--pool-scale", type=float, default=1.0, help="multiplies the pool of encoded clips")
+    parser.add_argument("--pool-scale", type=float, default=1.0, help="multiplies the pools of clips")
     parser.add_argument("--max-steps", type=int, default=1_000_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -151,10 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_steps=options.max_steps,
     )
     if options.stage == VAE:
-        run_vae(plan, batch_kinds(options.batch_scale), resume=options.resume, device=device)
+        kinds = batch_kinds(options.batch_scale)
+        run_vae(plan, kinds, resume=options.resume, device=device, pool_scale=options.pool_scale)
     else:
-        kinds = pool_kinds(options.pool_scale)
-        run_dit(plan, kinds, vae_folder=options.vae, resume=options.resume, device=device)
+        pools = pool_kinds(options.pool_scale)
+        run_dit(plan, pools, vae_folder=options.vae, resume=options.resume, device=device)
     if device.type == "cuda":
         logger.info("peak memory %.1f GiB", torch.cuda.max_memory_allocated(device) / 1024**3)
 

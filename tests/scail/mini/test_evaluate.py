@@ -112,7 +112,8 @@ def test_exchanged_persons_move_as_the_others_and_look_like_themselves(scenes):
 
     theirs = render_film(scenes)
     apart = (film.garment[0] >= 0) != (theirs.garment[partner] >= 0)
-    assert apart.float().mean() < 0.05  # the same pose; bodies are broader or thinner
+    somebody = (theirs.garment[partner] >= 0).float().mean()
+    assert apart.float().mean() < 0.35 * somebody  # the same pose; bodies are broader or thinner
     own = ((film.garment[0] >= 0) != (theirs.garment[index] >= 0)).float().mean()
     assert own > apart.float().mean()
     nobody = (

@@ -28,15 +28,19 @@ from scail.pipeline import ScailPipeline
 CPU = torch.device("cpu")
 SIZE = (64, 32)
 VAE_KINDS = [
-    BatchKind(1, 2, SIZE, pose=False, weight=0.3),
-    BatchKind(9, 1, SIZE, pose=False, weight=0.5),
-    BatchKind(5, 2, SIZE, pose=True, weight=0.2),
+    BatchKind(1, 2, SIZE, (32, 32), pose=False, weight=0.3),
+    BatchKind(9, 1, SIZE, SIZE, pose=False, weight=0.5),
+    BatchKind(5, 2, SIZE, (32, 32), pose=True, weight=0.2),
 ]
 DIT_KINDS = [PoolKind(5, SIZE, 4, 0.7), PoolKind(9, SIZE[::-1], 3, 0.3)]
 
 
 def plan(stage: str, folder: Path, max_steps: int, **changes) -> RunPlan:
     return RunPlan(stage, folder, minutes=10, learning_rate=1e-3, max_steps=max_steps, log_every_seconds=0, **changes)
+
+
+def vae(folder: Path, max_steps: int, resume: Path | None = None) -> Progress:
+    return run_vae(plan("vae", folder, max_steps), VAE_KINDS, resume=resume, device=CPU, pool_scale=0.002)
 
 
 def dit(runs: Path, folder: Path, max_steps: int, resume: Path | None = None) -> Progress:
@@ -58,7 +62,7 @@ def lines(path: Path) -> list[dict]:
 def runs(tmp_path_factory) -> Path:
     """Two steps of each stage."""
     folder = tmp_path_factory.mktemp("runs")
-    run_vae(plan("vae", folder / "vae", 2), VAE_KINDS, resume=None, device=CPU)
+    vae(folder / "vae", 2)
     dit(folder, folder / "dit", 2)
     return folder
 
@@ -71,12 +75,12 @@ def checkpoint(runs) -> Path:
 
 def test_steps_on_one_batch_lower_the_loss_of_the_vae():
     torch.manual_seed(0)
-    vae = new_vae(SCAIL_MINI.vae)
+    network = new_vae(SCAIL_MINI.vae)
     pixels = draw_pixels(VAE_KINDS[1], 1, (0,), held_out=False, device=CPU)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=3e-4)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=3e-4)
     losses = []
     for _ in range(8):
-        loss = vae_loss(vae, pixels)["loss"]
+        loss = vae_loss(network, pixels)["loss"]
         losses.append(loss.item())
         optimiser.zero_grad()
         loss.backward()
@@ -133,7 +137,7 @@ def test_a_run_is_resumed_from_its_weights_and_counters(runs, tmp_path):
     before = VideoVae.from_config(SCAIL_MINI.vae)
     first = load_state(runs / "vae", "vae", before)
 
-    progress = run_vae(plan("vae", tmp_path, 1), VAE_KINDS, resume=runs / "vae", device=CPU)
+    progress = vae(tmp_path, 1, resume=runs / "vae")
 
     after = VideoVae.from_config(SCAIL_MINI.vae)
     assert load_state(tmp_path, "vae", after) == progress
@@ -151,11 +155,11 @@ def test_the_transformers_run_is_resumed_too(runs, tmp_path):
 
 
 def test_the_latents_of_a_run_are_normalised(runs):
-    vae = VideoVae.from_config(SCAIL_MINI.vae).requires_grad_(False)
-    load_state(runs / "vae", "vae", vae)
+    network = VideoVae.from_config(SCAIL_MINI.vae).requires_grad_(False)
+    load_state(runs / "vae", "vae", network)
     pixels = draw_pixels(VAE_KINDS[1], 8, (3,), held_out=False, device=CPU)
 
-    latents = vae.encode(pixels)
+    latents = network.encode(pixels)
 
     assert abs(latents.mean()) < 0.3
     assert 0.7 < latents.std() < 1.3
@@ -237,7 +241,8 @@ def test_the_plan_mixes_lengths_orientations_and_pose_pictures():
     kinds = batch_kinds()
 
     assert {kind.num_frames for kind in kinds} == {1, 5, 9, 17, 33}
-    assert {kind.size for kind in kinds} == {(224, 128), (128, 224)}
+    assert {kind.size for kind in kinds} == {(224, 128), (128, 224), (96, 96)}
+    assert {kind.film_size for kind in kinds} == {(224, 128), (128, 224)}
     assert sum(kind.weight for kind in kinds) == pytest.approx(1, abs=0.2)
     assert all(kind.num_clips >= 1 for kind in batch_kinds(0.001))
 
