@@ -130,12 +130,3 @@ def _hash_of_version(path: Path, _size: int, _mtime_ns: int) -> str:
 def miniature() -> Path | None:
     """The trained checkpoint that comes with the program, if it does."""
     return None if check_folder(MINIATURE) else MINIATURE
-
-
-def write_demo_checkpoint(folder: Path) -> None:
-    """SCAIL_TINY with random weights in the real layout, if the folder does not hold it yet."""
-    from scail.checkpoint import write_random_checkpoint
-    from scail.config import SCAIL_TINY
-
-    if check_folder(folder):
-        write_random_checkpoint(folder, SCAIL_TINY, seed=0)

@@ -124,7 +124,8 @@ def is_held_out_pair(shirt: NDArray[np.int64], trousers: NDArray[np.int64]) -> N
 
 
 def describe(characters: Characters, index: int) -> str:
-    return f"a {HUES[characters.shirt[index]]} shirt and {HUES[characters.trousers[index]]} trousers"
+    shirt, trousers = HUES[characters.shirt[index]], HUES[characters.trousers[index]]
+    return f"{'an' if shirt[0] in 'aeiou' else 'a'} {shirt} shirt and {trousers} trousers"
 
 
 def body_capsules(characters: Characters, joints: Tensor) -> Capsules:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from scail.checkpoint import compare_shapes, shapes_of
 from scail.errors import CheckpointError
+from scail.fingerprint import MODEL_INDEX, TRANSFORMER, VAE, component_headers
 
+COMPONENTS = {"vae": (VAE, "model."), "dit": (TRANSFORMER, "")}  # a stage's files in a checkpoint, and their prefix
 MAX_FILE_BYTES = 14_000_000
 EMA_DECAY = 0.999
 
@@ -83,18 +85,22 @@ def save_state(folder: Path, stage: str, module: nn.Module, average: AveragedWei
 
 
 def load_state(folder: Path, stage: str, module: nn.Module) -> Progress:
-    """Give `module` the weights of a stage.
+    """Give `module` the weights of a stage, from a run's folder or from an assembled checkpoint, which holds halves.
 
     Raises:
         CheckpointError: If files or tensors are missing, extra or misshapen.
     """
-    paths = sorted(folder.glob(f"{stage}-*-of-*.safetensors"))
-    if not paths or len(paths) != int(paths[0].stem.rsplit("-", 1)[1]):
-        raise CheckpointError(f"{folder} has {len(paths)} {stage}-*.safetensors files; expected all of one state.")
+    if (folder / MODEL_INDEX).is_file():
+        component, prefix = COMPONENTS[stage]
+        paths = sorted(component_headers(folder, component))
+    else:
+        paths, prefix = sorted(folder.glob(f"{stage}-*-of-*.safetensors")), ""
+        if not paths or len(paths) != int(paths[0].stem.rsplit("-", 1)[1]):
+            raise CheckpointError(f"{folder} has {len(paths)} {stage}-*.safetensors files; expected all of one state.")
     tensors: dict[str, Tensor] = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors |= {prefix + key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = file.metadata()
     compare_shapes({key: tuple(value.shape) for key, value in tensors.items()}, shapes_of(module), where=str(folder))
     module.load_state_dict(tensors, strict=True)

@@ -5,7 +5,7 @@
     python -m scail.mini.assemble --vae runs/vae --dit runs/dit --out checkpoints/mini
 
 Each run leaves the averaged weights, a log and a picture in its folder, and `--resume DIR` goes on from there: with
-another run's folder or with its own.
+another run's folder, with its own, or with an assembled checkpoint such as the one that comes with the program.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=(VAE, DIT), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--minutes", type=float, required=True, help="of training; ends about half a minute later")
-    parser.add_argument("--resume", type=Path, help="folder of the run to go on from")
-    parser.add_argument("--vae", type=Path, help="folder of the trained VAE; needed by --stage dit")
+    parser.add_argument("--resume", type=Path, help="folder of the run to go on from, or a checkpoint")
+    parser.add_argument("--vae", type=Path, help="folder of the trained VAE, or a checkpoint; needed by --stage dit")
     parser.add_argument("--learning-rate", type=float, help="at its highest; 2e-3")
     parser.add_argument("--batch-scale", type=float, default=1.0, help="multiplies the VAE's batches")
     parser.add_argument("--pool-scale", type=float, default=1.0, help="multiplies the pools of clips")

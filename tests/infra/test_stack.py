@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tasks.checkpoint import write_demo_checkpoint
+from scail.checkpoint import write_random_checkpoint
+from scail.config import SCAIL_TINY
 from tests.flows.postgres import find_binaries, running_postgres
 from tests.infra.stack import ROOT, Stack, running_stack
 
@@ -38,7 +39,7 @@ def finished(stack: Stack, flow_run: dict) -> dict:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(find_binaries() is None, reason="no PostgreSQL on this machine: apt-get install postgresql")
 def test_the_compose_file_renders_the_demo(tmp_path):
-    write_demo_checkpoint(tmp_path / "checkpoints" / "SCAIL_TINY")
+    write_random_checkpoint(tmp_path / "checkpoints" / "SCAIL_TINY", SCAIL_TINY, seed=0)
     output = tmp_path / "out"
     variables = {
         "SCAIL_CHECKPOINTS": str(tmp_path / "checkpoints"),
@@ -61,6 +62,6 @@ def test_the_compose_file_renders_the_demo(tmp_path):
             state = finished(stack, run)
 
     assert state["type"] == "COMPLETED", state
-    assert "4 rendered, 0 skipped, 0 failed" in state["message"]
-    assert len(list(output.glob("clips/*/video.mp4"))) == 4
+    assert "7 rendered, 0 skipped, 0 failed" in state["message"]
+    assert len(list(output.glob("clips/*/video.mp4"))) == 7
     assert (output / "report.html").exists()

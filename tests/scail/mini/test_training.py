@@ -148,6 +148,16 @@ def test_a_run_is_resumed_from_its_weights_and_counters(runs, tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in after.parameters())
 
 
+def test_a_run_is_resumed_from_an_assembled_checkpoint(runs, checkpoint, tmp_path):
+    progress = vae(tmp_path, 1, resume=checkpoint)
+
+    trained, shipped = (VideoVae.from_config(SCAIL_MINI.vae) for _ in range(2))
+    assert load_state(checkpoint, "vae", shipped) == load_state(runs / "vae", "vae", trained)
+    assert (progress.num_steps, progress.num_runs) == (3, 2)
+    for ours, theirs in zip(shipped.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
 def test_the_transformers_run_is_resumed_too(runs, tmp_path):
     progress = dit(runs, tmp_path, 1, resume=runs / "dit")
 
