@@ -22,6 +22,7 @@ from tasks.bucket_events import UPLOADED
 
 HEARTBEAT_SECONDS = 30  # PREFECT_FLOWS_HEARTBEAT_FREQUENCY of whatever runs the flows; Prefect takes no less
 SILENCE_SECONDS = 90  # three heartbeats
+SETTLING_SECONDS = 15  # Prefect's worker reports a killed process twice, a few seconds apart
 MAX_RUN_COUNT = 10  # a run that crashes ten times has a reason that an eleventh start does not mend
 RESTARTED_DEPLOYMENTS = ("render-manifest", "render-nightly")  # the inbox's next minute takes over what it left
 
@@ -52,13 +53,17 @@ def silent_runs_crash(within_seconds: float = SILENCE_SECONDS) -> Automation:
 
 
 def crashed_runs_go_on(deployments: Sequence[str] = RESTARTED_DEPLOYMENTS) -> Automation:
-    """A crashed run of one of these deployments is given to a worker again, nine times at most."""
+    """A crashed run of one of these deployments is given to a worker again, nine times at most.
+
+    Not at once: the second report of one crash would end the run that is scheduled again, and nobody would start it.
+    """
     return Automation(
         name="scail: crashed runs go on",
         description="A crashed run is scheduled again; what is published is not rendered again.",
         trigger=EventTrigger(
-            posture=Posture.Reactive,
-            expect={"prefect.flow-run.Crashed"},
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.Crashed"},
+            expect={"prefect.flow-run.Running", *(f"prefect.flow-run.{end}" for end in _ENDS if end != "Crashed")},
             match=ResourceSpecification(
                 {
                     "prefect.resource.id": ["prefect.flow-run.*"],
@@ -70,7 +75,7 @@ def crashed_runs_go_on(deployments: Sequence[str] = RESTARTED_DEPLOYMENTS) -> Au
             ),
             for_each={"prefect.resource.id"},
             threshold=1,
-            within=timedelta(0),
+            within=timedelta(seconds=SETTLING_SECONDS),
         ),
         actions=[
             ChangeFlowRunState(
