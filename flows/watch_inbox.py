@@ -22,6 +22,7 @@ from tasks.control import was_cancelled
 from tasks.errors import RefusedError
 from tasks.form import DEFAULT_OPTIONS, RenderOptions
 from tasks.inbox import Fate, Taken, take_next
+from tasks.pending import output_below
 from tasks.plan import holding
 from tasks.results import summary_in
 from tasks.settings import Settings
@@ -38,7 +39,8 @@ def watch_inbox(inbox: str, output: str, options: RenderOptions = DEFAULT_OPTION
     Args:
         inbox: The folder into which manifests are uploaded, such as `gs://studio/inbox`; `done` and `refused` appear
             beside it.
-        output: The folder for clips and results, such as `gs://studio/renders`. What is there already is skipped.
+        output: The folder for clips and results, such as `gs://studio/renders`: `spring.csv` goes to its folder
+            `spring`. What is there already is skipped.
         options: Everything has a sensible default; each manifest is rendered in this way.
 
     Returns:
@@ -73,7 +75,8 @@ def render_next(
             return None, look.refused
         render = render_manifest.with_options(task_runner=runner)
         with holding(taken.upload.uri, taken.data), refused_if_cancelled(taken):
-            state = render(taken.upload.uri, output, options, return_state=True)
+            place = output_below(taken.upload.uri, inbox, output)
+            state = render(taken.upload.uri, place, options, return_state=True)
         settle(taken, state)
         return state, look.refused
 

@@ -46,7 +46,7 @@ def limb_cost(row: dict[str, Any], exact: dict[str, Any]) -> float:
 def page(report: dict[str, Any]) -> str:
     """The report in Markdown, a table for each group of shortcuts."""
     if not report["runs"]:
-        return f"{_INTRODUCTION}\n\nNothing is measured yet: there is no trained miniature.\n"
+        return f"{_INTRODUCTION}\n\nNothing is measured yet.\n"
     return "\n".join([_INTRODUCTION, *_exact_lines(report), *_group_lines(report)]) + "\n"
 
 

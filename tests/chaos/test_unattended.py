@@ -184,11 +184,11 @@ def test_cancelling_the_inboxs_run_refuses_its_manifest_and_no_later_look_begins
     wait_until(lambda: storage.exists(f"{studio.root}/refused/unwanted.csv"), "the manifest is refused", 30)
     assert b"cancelled" in storage.read_bytes(f"{studio.root}/refused/unwanted.csv.errors.txt")
     assert not storage.exists(f"{studio.root}/inbox/unwanted.csv")
-    assert not storage.list_files(f"{studio.root}/renders/done")
+    assert not storage.list_files(f"{studio.root}/renders/unwanted/done")
 
 
 def attempts_started(studio: Studio) -> list[str]:
-    return storage.list_files(f"{studio.root}/renders/attempts")
+    return storage.list_files(f"{studio.root}/renders/unwanted/attempts")
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def watcher(root, checkpoint, tmp_path, *options):
 
 
 def runs(root):
-    return [uri for uri in storage.list_files(f"{root}/renders/runs") if uri.endswith("_SUCCESS")]
+    return [uri for uri in storage.list_files(f"{root}/renders") if uri.endswith("_SUCCESS")]
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def test_a_killed_watchers_upload_is_taken_over_by_one_that_waits(checkpoint, tm
     first = watcher(root, checkpoint, tmp_path)
     wait_until(lambda: read_claims(claims, policy=Settings().storage_policy()), "the first has it")
     second = watcher(root, checkpoint, tmp_path, "--every", "1")
-    wait_until(lambda: storage.list_files(f"{root}/renders/done"), "a clip is done")
+    wait_until(lambda: storage.list_files(f"{root}/renders/2026-11-spring/done"), "a clip is done")
 
     first.kill()
     first.wait()
@@ -124,7 +124,7 @@ def test_a_killed_watchers_upload_is_taken_over_by_one_that_waits(checkpoint, tm
 
     taken = read_claims(claims, policy=Settings().storage_policy())
     assert [claim.outcome for claim in taken] == [None, "done"]
-    assert len(storage.list_files(f"{root}/renders/done")) == 4
+    assert len(storage.list_files(f"{root}/renders/2026-11-spring/done")) == 4
     note = storage.read_bytes(f"{root}/done/2026-11-spring.csv.txt").decode()
     assert "0 failed" in note
     assert not note.startswith("4 rendered, 0 skipped")  # it went on where the first one was
