@@ -27,7 +27,7 @@ from tasks.forecast import Forecast
 from tasks.form import SELECTABLE, RenderOptions
 from tasks.health import Service, check_health
 from tasks.measure import DEFAULT_PARTS, PARTS_HELP, measure
-from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_clips, plan_line
+from tasks.plan import Plan, Rows, forecast_plan, forecast_rows, plan_line, plan_with
 from tasks.scheduler import LOCAL_HOST, PORT, become, scheduler_spec
 from tasks.selection import choose_rows
 from tasks.settings import Settings
@@ -555,15 +555,7 @@ def _plan(rows: Rows, output: str | None, options: RenderOptions) -> tuple[Plan 
     if output is None:
         return None, forecast_rows(rows, checkpoint=checkpoint, default_profile=profile, settings=settings)
     model = inspect_checkpoint(checkpoint)
-    plan = plan_clips(
-        rows.requests,
-        output_uri=output,
-        checkpoint_fingerprint=model.fingerprint,
-        stored_quantization=model.quantization,
-        default_profile=profile,
-        policy=settings.storage_policy(),
-        threads=settings.planning_threads,
-    )
+    plan = plan_with(settings, model, rows.requests, output_uri=output, default_profile=profile)
     return plan, forecast_plan(plan, output_uri=output, model=model, settings=settings)
 
 

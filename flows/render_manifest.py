@@ -24,7 +24,7 @@ from tasks.form import DEFAULT_OPTIONS, RenderOptions
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
 from tasks.notify import open_notifications
 from tasks.packed import PackedResults
-from tasks.plan import Plan, Rows, forecast_plan, plan_clips, plan_line, result_of
+from tasks.plan import Plan, Rows, forecast_plan, plan_line, plan_with, result_of
 from tasks.progress import progress_sink
 from tasks.render import render_clip, software_versions
 from tasks.report import write_report
@@ -68,15 +68,7 @@ def render_manifest(manifest: str, output: str, options: RenderOptions = DEFAULT
     run_id = f"{started_at:%Y%m%dT%H%M%SZ}-{flow_run.id.partition('-')[0]}"
     rows = choose_rows(manifest, output, options, policy=settings.storage_policy())
     model = inspect_checkpoint(options.checkpoint or settings.checkpoint)
-    plan = plan_clips(
-        rows.requests,
-        output_uri=output,
-        checkpoint_fingerprint=model.fingerprint,
-        stored_quantization=model.quantization,
-        default_profile=options.profile,
-        policy=settings.storage_policy(),
-        threads=settings.planning_threads,
-    )
+    plan = plan_with(settings, model, rows.requests, output_uri=output, default_profile=options.profile)
     forecast = forecast_plan(plan, output_uri=output, model=model, settings=settings)
     logger.info("%d rows settled before; %s", len(plan.settled), forecast)
     if options.dry_run:

@@ -8,7 +8,7 @@ from tasks import storage
 from tasks.checkpoint import inspect_checkpoint
 from tasks.errors import RefusedError
 from tasks.form import RenderOptions
-from tasks.plan import plan_clips
+from tasks.plan import plan_with
 from tasks.selection import choose_rows
 from tasks.settings import Settings
 from tasks.storage import StorageError
@@ -55,15 +55,7 @@ def is_done(manifest_uri: str, output_uri: str, options: RenderOptions, *, setti
     model = inspect_checkpoint(options.checkpoint or settings.checkpoint)
     try:
         rows = choose_rows(manifest_uri, output_uri, options, policy=settings.storage_policy())
-        plan = plan_clips(
-            rows.requests,
-            output_uri=output_uri,
-            checkpoint_fingerprint=model.fingerprint,
-            stored_quantization=model.quantization,
-            default_profile=options.profile,
-            policy=settings.storage_policy(),
-            threads=settings.planning_threads,
-        )
+        plan = plan_with(settings, model, rows.requests, output_uri=output_uri, default_profile=options.profile)
     except RefusedError:
         return False
     return not plan.jobs

@@ -264,6 +264,21 @@ def find_done(output_uri: str, key: str, *, policy: StoragePolicy) -> Done | Non
     return (record, metrics) if metrics.key == key and size == record.video_size else None
 
 
+def plan_with(
+    settings: Settings, model: CheckpointInfo, requests: Sequence[ClipRequest], *, output_uri: str, default_profile: str
+) -> Plan:
+    """`plan_clips` by what the settings and the checkpoint say."""
+    return plan_clips(
+        requests,
+        output_uri=output_uri,
+        checkpoint_fingerprint=model.fingerprint,
+        stored_quantization=model.quantization,
+        default_profile=default_profile,
+        policy=settings.storage_policy(),
+        threads=settings.planning_threads,
+    )
+
+
 def forecast_plan(plan: Plan, *, output_uri: str, model: CheckpointInfo, settings: Settings) -> Forecast:
     """What a plan's clips will take, learned from the clips below OUTPUT."""
     earlier = timings_of(result.metrics for result in plan.settled if result.metrics)

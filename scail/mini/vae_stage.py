@@ -1,8 +1,8 @@
 """Training of the miniature's VAE: still pictures first, then clips of 1 to 33 frames side by side.
 
 The pipeline encodes three things: the reference (one frame), the pose video at half size, and in training the clip
-itself; so characters and half-size pose pictures are both learnt. L1 on pixels and on their differences to the
-neighbours, and a trace of KL, so that latents neither grow nor need to be exact.
+itself; so characters and half-size pose pictures are both learnt. Absolute and squared errors of pixels, absolute ones
+of their differences to the neighbours, and a trace of KL, so that latents neither grow nor need to be exact.
 """
 
 from __future__ import annotations
