@@ -23,7 +23,7 @@ from tasks.errors import (
 )
 from tasks.jobs import ClipJob, ClipRequest, ClipResult
 from tasks.manifest import ManifestError, known_columns, parse_manifest
-from tasks.plan import plan_clips
+from tasks.plan import plan_with
 from tasks.render import render_clip
 from tasks.resident import load_pipeline, pipeline_spec
 from tasks.settings import Settings
@@ -93,14 +93,7 @@ def _request(given: object) -> ClipRequest:
 def _render(request: ClipRequest, run_id: str, settings: Settings) -> ClipResult:
     assert settings.output, "load_model has asked for it"
     model = inspect_checkpoint(settings.checkpoint)
-    plan = plan_clips(
-        [request],
-        output_uri=settings.output,
-        checkpoint_fingerprint=model.fingerprint,
-        default_profile=settings.profile,
-        policy=settings.storage_policy(),
-        threads=2,
-    )
+    plan = plan_with(settings, model, [request], output_uri=settings.output, default_profile=settings.profile)
     if plan.settled:
         return plan.settled[0]
     return _with_retries(plan.jobs[0], run_id, settings.output)
