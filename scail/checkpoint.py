@@ -108,25 +108,26 @@ def load_transformer(checkpoint_dir: Path, *, device: torch.device | str, dtype:
         CheckpointError: As do the other loaders, if a file or a tensor is missing, extra, misshapen or damaged.
     """
     bare = _Bare.of(checkpoint_dir, dtype, "none", ())
-    return load_weights(bare.transformer, checkpoint_dir, TRANSFORMER, device=torch.device(device), bare=bare)
+    transformer = load_weights(bare.transformer, checkpoint_dir, TRANSFORMER, device=torch.device(device), bare=bare)
+    return transformer.to(device)
 
 
 def load_vae(checkpoint_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> VideoVae:
     vae = bare_vae(checkpoint_dir, dtype)
     load_weights(vae.model, checkpoint_dir, VAE, device=torch.device(device))
-    return vae
+    return vae.to(device)
 
 
 def load_text_encoder(checkpoint_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    return load_weights(
-        bare_text_encoder(checkpoint_dir, dtype), checkpoint_dir, TEXT_ENCODER, device=torch.device(device)
-    )
+    encoder = bare_text_encoder(checkpoint_dir, dtype)
+    load_weights(encoder, checkpoint_dir, TEXT_ENCODER, device=torch.device(device))
+    return encoder.to(device)  # with what no file holds
 
 
 def load_image_encoder(checkpoint_dir: Path, *, device: torch.device | str, dtype: torch.dtype) -> ImageEncoder:
-    return load_weights(
-        bare_image_encoder(checkpoint_dir, dtype), checkpoint_dir, IMAGE_ENCODER, device=torch.device(device)
-    )
+    encoder = bare_image_encoder(checkpoint_dir, dtype)
+    load_weights(encoder, checkpoint_dir, IMAGE_ENCODER, device=torch.device(device))
+    return encoder.to(device)  # with what no file holds
 
 
 @dataclass(frozen=True)
