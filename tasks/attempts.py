@@ -10,7 +10,8 @@ follows what everybody has to know:
 - `max_starts` starts in a row took their worker with them at the same step: the clip is poison, and its row fails.
   A death at an earlier step than another start has reached is not held against the clip, which has been past that
   step alive: a clip that kills does so at one place, what kills workers from outside strikes at any. After twice as
-  many deaths it is given up wherever they were.
+  many deaths it is given up wherever they were. Nor is one held against it that came when it had left the GPU: that
+  was the next clip's, which may be what killed.
 
 Ages are judged by the clocks of two machines; with clocks more than `claim_seconds` apart a clip may be rendered
 twice, and is then published twice, but never lost.
@@ -47,6 +48,8 @@ from tasks.storage import StorageError, StoragePolicy
 logger = logging.getLogger(__name__)
 
 PUBLISHED = "published"
+_STAGES = tuple(AttemptStage)
+_BEYOND_THE_GPU = frozenset({AttemptStage.ENCODING, AttemptStage.PUBLISHING})
 _LEAVES = frozenset({"Abort"})  # Prefect's, by name: processes that only plan do not import it
 MAX_LOST = 10  # starts whose worker died, at whatever stage; most of them will have died of something else
 CLOSING_LOOK_SECONDS = 1.0  # a worker that was told to end, and may be killed any moment, puts that on record soon
@@ -85,7 +88,7 @@ class OpenAttempt:
 
     def enter(self, stage: AttemptStage) -> None:
         """Put the stage on record before it begins: if the worker dies in it, that will have been the place."""
-        self.check(finishing=stage is AttemptStage.PUBLISHING)
+        self.check(finishing=stage in _BEYOND_THE_GPU)
         self._write(stage=stage)
 
     def reached(self, steps: int) -> None:
@@ -261,8 +264,8 @@ def worker_name() -> str:
 def _refuse_poison(earlier: Sequence[Attempt], max_starts: int) -> None:
     deadly = list(takewhile(_was_deadly, reversed(earlier)))
     computing = [attempt for attempt in deadly if attempt.stage is AttemptStage.COMPUTING]
-    furthest = max((attempt.steps for attempt in deadly), default=0)
-    blamed = [attempt for attempt in computing if attempt.steps == furthest]
+    furthest = max(map(_place, deadly), default=None)
+    blamed = [attempt for attempt in computing if _place(attempt) == furthest]
     if len(blamed) < max_starts and len(computing) < 2 * max_starts and len(deadly) < MAX_LOST:
         return
     where = ", ".join(f"{attempt.worker} ({attempt.stage}, step {attempt.steps})" for attempt in reversed(deadly))
@@ -270,6 +273,11 @@ def _refuse_poison(earlier: Sequence[Attempt], max_starts: int) -> None:
         f"{len(deadly)} workers in a row ended while they had this clip, so it is given to no other: {where}. "
         "If something else ended them, render the row again as it is: another run counts anew."
     )
+
+
+def _place(attempt: Attempt) -> tuple[int, int]:
+    """How far a start had come; greater is further."""
+    return _STAGES.index(attempt.stage), attempt.steps
 
 
 def _was_deadly(attempt: Attempt) -> bool:

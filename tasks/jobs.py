@@ -180,6 +180,7 @@ class ClipStatus(StrEnum):
 class AttemptStage(StrEnum):
     PREPARING = "preparing"
     COMPUTING = "computing"  # on the GPU; a worker that dies here may have died of this clip
+    ENCODING = "encoding"  # the GPU is the next clip's, of which the worker dies more likely
     PUBLISHING = "publishing"
 
 

@@ -142,6 +142,7 @@ def render_to_folder(
                     pipeline, job, pixels, attempt, report, on_frames=video.write, settings=settings
                 )
                 likeness = identity_of(pipeline, inputs, output)
+        attempt.enter(AttemptStage.ENCODING)
         seconds |= output.seconds
         with limit(), cpu_stage("quality", report, seconds):
             quality = quality_of(output, inputs, likeness, settings.quality.limits())

@@ -33,6 +33,7 @@ from scail.streamed_video import StreamedVideo
 from scail.types import ScailOutput
 from scail.video import encode_video
 from tasks import render, resident
+from tasks.attempts import read_attempts
 from tasks.checkpoint import inspect_checkpoint
 from tasks.errors import DeviceFaultError, ScratchFullError, policy_for
 from tasks.inputs import ClipInputs
@@ -40,6 +41,7 @@ from tasks.jobs import AttemptStage, ClipJob, ClipMetrics, ClipRequest, ClipStat
 from tasks.render import render_clip
 from tasks.resident import load_encodings, load_pipeline, pipeline_spec, room
 from tasks.settings import Settings
+from tasks.storage import DEFAULT_POLICY
 
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
 
@@ -158,6 +160,23 @@ def test_one_clip_is_on_the_gpu_while_its_neighbours_are_prepared_and_encoded(re
         assert earlier["encode"][0] < later["gpu"][1], "the next clip waited until this one was encoded"
     for earlier, later in itertools.pairwise(clips[1:]):  # the first two come in together
         assert later["prepare"][0] < earlier["gpu"][1], "the next clip's inputs were not fetched meanwhile"
+
+
+def test_a_clip_that_the_next_one_may_kill_while_it_is_encoded_is_on_record_as_off_the_gpu(
+    recorder, media, tmp_path, monkeypatch
+):
+    output, stages, encode = str(tmp_path / "out"), [], StreamedVideo.finish
+
+    def finish(video: StreamedVideo) -> None:
+        attempts = read_attempts(output, job(media, 1).key, policy=DEFAULT_POLICY)
+        stages.extend(attempt.stage for attempt in attempts)
+        encode(video)
+
+    monkeypatch.setattr(StreamedVideo, "finish", finish)
+
+    render_clip.fn(job(media, 1), output_uri=output, run_id="run", checkpoint="fake")
+
+    assert stages == [AttemptStage.ENCODING]
 
 
 def test_clips_that_share_a_reference_a_pose_or_a_prompt_encode_it_once(media, checkpoint, tmp_path):

@@ -181,6 +181,22 @@ def test_a_clip_that_reached_its_publication_is_not_what_killed_the_worker_while
         assert attempt.log[-1].number == 5
 
 
+def test_a_clip_that_had_left_the_gpu_is_not_what_killed_the_worker(output):
+    for number in (1, 2, 3, 4):
+        leave_record(output, number, silent_seconds=100, steps=6, stage=AttemptStage.ENCODING)
+
+    with started(output) as attempt:
+        assert attempt.log[-1].number == 5
+
+
+def test_a_clip_that_left_the_gpu_once_is_not_what_killed_the_worker_at_its_last_step(output):
+    for number, stage in enumerate(["computing", "computing", "encoding", "computing"], 1):
+        leave_record(output, number, silent_seconds=100, steps=6, stage=stage)
+
+    with started(output) as attempt:
+        assert attempt.log[-1].number == 5
+
+
 def test_the_steps_behind_a_clip_go_on_record_while_it_renders(output):
     with started(output, claim_seconds=1.0) as attempt:
         attempt.enter(AttemptStage.COMPUTING)
