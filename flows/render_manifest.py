@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from tasks import cluster, storage
+from tasks import cluster, storage, thrift
 from tasks.artifacts import ProgressArtifact, publish_artifacts, publish_plan
 from tasks.attempts import cancelling_on_exit
 from tasks.checkpoint import inspect_checkpoint
@@ -110,6 +110,7 @@ def render_all(
     """The result of every row of the plan that has to be rendered, as they come."""
     if not plan.jobs:
         return
+    thrift.settle()
     submit: Callable[[ClipJob], Any] = partial(
         render_clip.submit,
         output_uri=output_uri,

@@ -44,11 +44,12 @@ DASK_SETTINGS = {
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # longer than any stretch that holds the interpreter's lock
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION": "1.0",
     "DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT": "600s",
+    "DASK_DISTRIBUTED__SCHEDULER__EVENTS_CLEANUP_DELAY": "60s",  # of a worker that is gone; else an hour
     "DASK_DISTRIBUTED__WORKER__PRELOAD": '["tasks.preload"]',
     # What Dask keeps for its developers: the last 1000 messages with the tasks in them, 40 KiB a clip in the
     # coordinator and 90 in the scheduler; an hour of samples; and a profile of the workers, a sample every 10 ms.
     "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "20",
-    "DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "1000",
+    "DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "100",  # of what is in the log too
     "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__LOG_LENGTH": "20",
     "DASK_DISTRIBUTED__DIAGNOSTICS__COMPUTATIONS__MAX_HISTORY": "1",
     "DASK_DISTRIBUTED__DIAGNOSTICS__ERRED_TASKS__MAX_HISTORY": "1",
@@ -223,9 +224,19 @@ def at_priority(submit: Callable[[Task], Submitted], priority: int) -> Callable[
 
     def submit_ahead(task: Task) -> Submitted:
         with dask.annotate(priority=priority):
-            return submit(task)
+            submitted = submit(task)
+        _forget_assets()
+        return submitted
 
     return submit_ahead
+
+
+def _forget_assets() -> None:
+    """Prefect notes until the flow ends which assets each of its tasks makes; ours make none."""
+    from prefect.context import FlowRunContext
+
+    if context := FlowRunContext.get():
+        context.task_run_assets.clear()
 
 
 def stop_clips(run_id: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tasks import attempts, ending, watchdog
+from tasks import attempts, ending, thrift, watchdog
 from tasks.checkpoint import local_checkpoint, model_fingerprint
 from tasks.resident import load_pipeline, pipeline_spec
 from tasks.scratch import sweep_scratch
@@ -23,6 +23,7 @@ def dask_setup(worker: Worker) -> None:
     sweep_scratch(settings.scratch_dir)
     fingerprint = model_fingerprint(local_checkpoint(settings.checkpoint, settings), settings.loras())
     load_pipeline(pipeline_spec(settings.checkpoint, fingerprint, profile=settings.profile, settings=settings))
+    thrift.settle()
     ending.listen(worker)  # last: until here there is nothing that a signal could interrupt too soon
 
 

@@ -6,7 +6,6 @@ installed there, and with it would travel an empty cache, so that every clip loa
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import threading
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from scail.config import DEFAULT_PROFILE, POLICIES, PROFILES, PlacementPolicy, RuntimeConfig
 from tasks.checkpoint import local_checkpoint, model_fingerprint
 from tasks.settings import Settings
+from tasks.thrift import collect_all
 
 if TYPE_CHECKING:
     import torch
@@ -215,6 +215,6 @@ def release_memory() -> None:
 def _empty_device_cache() -> None:
     import torch
 
-    gc.collect()
+    collect_all()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

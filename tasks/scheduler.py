@@ -46,7 +46,8 @@ def scheduler_spec(host: str, port: int, tls_dir: Path | None) -> SchedulerSpec:
     command += ["--port", str(port), "--no-dashboard"]
     command += ["--dashboard-address", f"{LOCAL_HOST}:0"]  # without a dashboard there is still a page of figures
     own = dask_environment(tls_dir) if tls_dir else {}
-    return SchedulerSpec(tuple(command), DASK_SETTINGS | os.environ | own)
+    preload = {"DASK_DISTRIBUTED__SCHEDULER__PRELOAD": '["tasks.thrift"]'}
+    return SchedulerSpec(tuple(command), DASK_SETTINGS | preload | os.environ | own)
 
 
 def become(spec: SchedulerSpec) -> NoReturn:

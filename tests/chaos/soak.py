@@ -175,7 +175,7 @@ def table(soak: Soak, given: list[str], seconds: float) -> tuple[list[tuple[str,
     lines += [
         (
             f"failed: {clip}, {given[int(clip.split('-')[1])]}",
-            f"{rows[clip]['error_class']}: {rows[clip]['message'][:160]}",
+            f"{rows[clip]['error_class']}: {rows[clip]['message']}",
         )
         for clip in sorted(failed)
     ]

@@ -1,0 +1,56 @@
+"""A process that lives for days gives back what it no longer uses.
+
+Left alone, the processes of a long run grow though nobody leaks:
+
+- Python looks for cycles among old objects only when their number has grown by a quarter, and after our imports there
+  are half a million: the remains of a dead worker, its connections and tasks, stay for hours. Frozen, what is there for
+  good is not looked through again. What is left costs a millisecond, so it is looked through six times as often.
+- malloc gives back the top of its heap above a threshold, which it raises to twice the largest block ever freed.
+- malloc gives every thread a heap of its own, up to eight per core, and each keeps what it once needed.
+
+Measured over 30 killed workers: a scheduler grew by 130 KiB with each and by nothing once it was so treated.
+Also a Dask preload, for schedulers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distributed import Scheduler
+
+# mallopt's names for what it sets, in glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_ARENA_MAX = -1, -8
+TRIM_THRESHOLD_BYTES = 2**16  # as Dask's nannies have it
+MAX_ARENAS = 2
+COLLECT_AFTER = (700, 5, 1)  # new objects; collections of the youngest; of these two
+
+
+def settle() -> None:
+    """To be called when the process has what it will keep: its imports, its model."""
+    with suppress(AttributeError):  # a C library without it
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
+        mallopt(_M_ARENA_MAX, MAX_ARENAS)
+    collect_all()
+    gc.freeze()
+    gc.collect()  # from what this finds, nothing, the collector reckons when it has to look again
+    gc.set_threshold(*COLLECT_AFTER)
+
+
+def collect_all() -> None:
+    """Free what only refers to itself, also among what was there when the process settled."""
+    was_settled = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if was_settled:
+        gc.freeze()
+
+
+def dask_setup(_scheduler: Scheduler) -> None:
+    import tasks.render  # noqa: F401  the first task brings it along, with all of Prefect, and would come too late
+
+    settle()
