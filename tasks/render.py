@@ -30,6 +30,7 @@ from tasks.progress import progress_sink
 from tasks.resident import load_encodings, load_pipeline, pipeline_spec, room
 from tasks.scratch import clip_scratch
 from tasks.settings import Settings
+from tasks.thrift import tidy
 from tasks.turns import Turn
 from tasks.watchdog import time_limit
 from tasks.worker import in_dask_worker, replace_process
@@ -96,6 +97,8 @@ def render_clip(job: ClipJob, *, output_uri: str, run_id: str, checkpoint: str |
     except Exception as error:
         recover_from(error)
         raise
+    finally:
+        tidy()
     return result_of(job.request, ClipStatus.RENDERED).of_done(record, metrics, output_uri)
 
 

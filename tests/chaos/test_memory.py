@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
+from tests.chaos.harness import NUM_WORKERS
 from tests.chaos.memory import Growth, MemoryLog, Sample
 
 
@@ -45,3 +47,11 @@ def test_a_process_is_asked_for_its_memory_and_one_that_is_gone_is_not_missed():
     [[sample]] = log.samples.values()
     assert sample.num_done == 3
     assert sample.mib > 1
+
+
+def test_scheduler_and_workers_have_settled_with_all_that_they_keep(cluster):
+    with cluster.connect() as client:
+        num_kept = [client.run_on_scheduler(gc.get_freeze_count), *client.run(gc.get_freeze_count).values()]
+
+    assert len(num_kept) == 1 + NUM_WORKERS
+    assert min(num_kept) > 100_000
