@@ -9,7 +9,7 @@ Frames are uint8 (F, H, W, 3); a thin copy is float32 in levels, 0 … 255; bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -17,18 +17,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from scail.agreement import Array, block_means, has_moved, motion_agreement
 from scail.geometry import cover_size
 
 Frames = NDArray[np.uint8]
-Array = NDArray[np.float32]
 
 SHORT_SIDE = 112  # pixels looked at along the short side of a clip; those between are left out
-BLOCK = 8
 NUM_SHARP_FRAMES = 6  # looked at in full resolution
 BLACK_LEVEL = 16  # video black
 STILL_LEVEL = 1.5  # two frames that differ by less, but for a pixel in 200, are the same frame
-MOVING_LEVEL = 3.0  # a block of the pose video that changes by more has moved
-FRAMES_AT_A_JOIN = 2  # compared before and after it
+FRAMES_AT_A_JUMP = 2  # compared before and after it
 
 
 class Verdict(StrEnum):
@@ -49,11 +47,12 @@ class QualityNumbers:
         clipped_percent: Pixels with a colour at either end of its range, more than in the reference.
         saturation_shift: Levels of colourfulness, more or less than in the reference.
         colour_drift: CIE76 between the first and the last second, of what is common to the picture.
-        join_jump: The same across the joins of windows; the largest.
+        join_jump: The same between neighbouring frames, above what is usual in the clip; the largest. A clip has no
+            cuts: where it jumps, pieces were joined that were made apart, whoever joined them.
         sharpness: Strength of the sharpest edges, by that of the reference's.
         grain: Levels of noise from pixel to pixel, more than in the reference.
         identity: Cosine between reference and frames as the image encoder sees them, plain grey being its zero.
-        motion_agreement: Correlation of when which place moves in the pose video with when it does in the clip.
+        motion_agreement: Correlation of what moves, when, where and whereto, with the same in the pose video.
     """
 
     nonfinite_percent: float | None = None
@@ -155,7 +154,6 @@ def measure(
     pose: Frames,
     *,
     fps: float,
-    joins: Sequence[int] = (),
     latents: Array | None = None,
     identity: float | None = None,
 ) -> QualityNumbers:
@@ -166,7 +164,6 @@ def measure(
         reference: (H', W', 3) as it came, of any size.
         pose: At least F frames as they came, of any size.
         fps: Of the clip.
-        joins: The first frame of every window but the first.
         latents: What the frames were decoded from.
         identity: From `scail.identity`; it needs the image encoder.
     """
@@ -175,22 +172,22 @@ def measure(
     thin, thin_reference, thin_pose = (
         _sample(pictures, height, width, step) for pictures in (frames, reference[None], pose[: len(frames)])
     )
-    blocks, pose_blocks = _block_means(thin), _block_means(thin_pose)
+    blocks = block_means(thin)
     lab = _to_lab(blocks)
     sharpness, grain = _sharpness_and_grain(frames, reference)
     return QualityNumbers(
         nonfinite_percent=None if latents is None else 100 * float((~np.isfinite(latents)).mean()),
         black_percent=_black_percent(thin, thin_reference),
-        frozen_percent=_frozen_percent(thin, pose_blocks),
+        frozen_percent=_frozen_percent(thin, thin_pose),
         flicker=_flicker(_luma(blocks)),
         clipped_percent=max(0.0, _clipped_percent(thin) - _clipped_percent(thin_reference)),
         saturation_shift=abs(_colourfulness(thin) - _colourfulness(thin_reference)),
         colour_drift=_colour_drift(lab, max(1, round(fps))),
-        join_jump=_join_jump(lab, joins),
+        join_jump=_join_jump(lab),
         sharpness=sharpness,
         grain=grain,
         identity=identity,
-        motion_agreement=_motion_agreement(blocks, pose_blocks),
+        motion_agreement=motion_agreement(thin, thin_pose),
     )
 
 
@@ -207,12 +204,6 @@ def _sample(frames: Frames, height: int, width: int, step: int) -> Array:
     return frames[:, rows[:, None], columns[None]].astype(np.float32)
 
 
-def _block_means(thin: Array) -> Array:
-    num, height, width = len(thin), thin.shape[1] // BLOCK, thin.shape[2] // BLOCK
-    tiles = thin[:, : height * BLOCK, : width * BLOCK].reshape(num, height, BLOCK, width, BLOCK, 3)
-    return tiles.mean(axis=(2, 4))
-
-
 def _luma(pixels: Array) -> Array:
     return pixels @ np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -226,8 +217,8 @@ def _black_percent(thin: Array, thin_reference: Array) -> float | None:
     return 100 * float((brightest(thin) <= BLACK_LEVEL).mean())
 
 
-def _frozen_percent(thin: Array, pose_blocks: Array) -> float | None:
-    moving = np.abs(np.diff(pose_blocks, axis=0)).max(axis=(1, 2, 3)) > MOVING_LEVEL
+def _frozen_percent(thin: Array, thin_pose: Array) -> float | None:
+    moving = has_moved(block_means(thin_pose))
     if not moving.any():
         return None
     changes = np.abs(np.diff(thin, axis=0)).max(axis=3).reshape(len(moving), -1)
@@ -253,22 +244,23 @@ def _colourfulness(thin: Array) -> float:
 
 def _colour_drift(lab: Array, num_frames: int) -> float | None:
     num_frames = min(num_frames, len(lab) // 2)
-    return _common_change(lab[:num_frames], lab[-num_frames:]) if num_frames else None
+    return float(_common_change(lab[:num_frames].mean(axis=0), lab[-num_frames:].mean(axis=0))) if num_frames else None
 
 
-def _join_jump(lab: Array, joins: Sequence[int]) -> float | None:
-    jumps = (
-        _common_change(lab[max(0, join - FRAMES_AT_A_JOIN) : join], lab[join : join + FRAMES_AT_A_JOIN])
-        for join in joins
-        if 0 < join < len(lab)
-    )
-    return max(jumps, default=None)
+def _join_jump(lab: Array) -> float | None:
+    """What is usual in the clip is taken off: a light that turns slowly drifts and does not jump."""
+    length = FRAMES_AT_A_JUMP
+    if len(lab) < 2 * length:
+        return None
+    means = np.mean([lab[start : len(lab) - length + 1 + start] for start in range(length)], axis=0)
+    jumps = _common_change(means[:-length], means[length:])
+    return float(jumps.max() - np.median(jumps))
 
 
-def _common_change(before: Array, after: Array) -> float:
-    """CIE76 of the median change of a block: what moves changes fewer than half of them."""
-    change = (after.mean(axis=0) - before.mean(axis=0)).reshape(-1, 3)
-    return float(np.linalg.norm(np.median(change, axis=0)))
+def _common_change(before: Array, after: Array) -> Array:
+    """CIE76 (...) of the median change of a block (..., h, w, 3): what moves changes fewer than half of them."""
+    change = (after - before).reshape(*before.shape[:-3], -1, 3)
+    return np.linalg.norm(np.median(change, axis=-2), axis=-1)
 
 
 def _sharpness_and_grain(frames: Frames, reference: Frames) -> tuple[float, float]:
@@ -285,30 +277,6 @@ def _sharpness_and_grain(frames: Frames, reference: Frames) -> tuple[float, floa
 def _laplacian(y: Array) -> Array:
     around = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:]
     return np.abs(y[:, 1:-1, 1:-1] - around / 4)
-
-
-def _motion_agreement(blocks: Array, pose_blocks: Array) -> float | None:
-    """Correlation, over blocks and frames, of how much more or less than usually a block changes.
-
-    What changes everywhere at once, as flicker does, is no motion and is taken off first. The root keeps one bright
-    sleeve from outweighing the rest of a figure. Each block's own mean is taken off, since a figure is where its pose
-    is whatever it does there.
-    """
-    change, wanted = (np.abs(np.diff(values, axis=0)).max(axis=-1) for values in (blocks, pose_blocks))
-    if not change.size or wanted.max() <= MOVING_LEVEL:
-        return None
-    change = (change - np.median(change, axis=(1, 2), keepdims=True)).clip(min=0)
-    own, other = (np.sqrt(_neighbourhood(values)) for values in (change, wanted))
-    own, other = own - own.mean(axis=0), other - other.mean(axis=0)
-    size = float(np.sqrt(np.square(own).sum() * np.square(other).sum()))
-    return float((own * other).sum()) / size if size else None
-
-
-def _neighbourhood(values: Array) -> Array:
-    """Means over 3 × 3 blocks: a body is broader than the sticks that it follows."""
-    padded = np.pad(values, ((0, 0), (1, 1), (1, 1)))
-    height, width = values.shape[1:]
-    return np.mean([padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=0)
 
 
 def _to_lab(rgb: Array) -> Array:

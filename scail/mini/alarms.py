@@ -12,7 +12,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from scail.identity import identity
 from scail.mini.data import FRAMES_PER_SECOND, LANDSCAPE, PORTRAIT, draw_scenes
 from scail.mini.defects import DEFECTS
 from scail.mini.evaluate import ClipInput, clip_inputs, render, true_frames
+from scail.mini.moving_camera import with_moving_background
 from scail.pipeline import ScailPipeline
 from scail.quality import Finding, Frames, QualityLimits, QualityNumbers, Verdict, judge, measure
 
@@ -73,7 +74,8 @@ def count_alarms(
     own = [identity(pipeline, item.reference, clip) for item, clip in zip(items, true, strict=True)]
     good = [_numbers(item, clip, likeness) for item, clip, likeness in zip(items, true, own, strict=True)]
     report: dict[str, Any] = {"limits": limits._asdict(), "clips": len(items), "ranges": {"drawn": _ranges(good)}}
-    report["good"] = {"drawn": _tally(good, limits)}
+    filmed = [_filmed(item, clip) for item, clip in zip(items, true, strict=True)]
+    report["good"] = {"drawn": _tally(good, limits), "drawn, the camera moves": _tally(filmed, limits)}
     if params:
         clips = [render(pipeline, item, item.pose, params) for item in items]
         rendered = [
@@ -90,6 +92,15 @@ def count_alarms(
     others = [identity(pipeline, item.reference, true[index - 1]) for index, item in enumerate(items)]
     report["bad"]["somebody else, elsewhere"] = {"shows_in": "identity", "related": []} | _tally(
         [QualityNumbers(identity=likeness) for likeness in others], limits
+    )
+    poses = [_pose_of_another(items, index) for index in range(len(items))]
+    report["bad"]["another clip's motion"] = {"shows_in": "motion_agreement", "related": []} | _tally(
+        [
+            measure(clip, item.reference, pose, fps=FRAMES_PER_SECOND)
+            for item, clip, pose in zip(items, true, poses, strict=True)
+            if pose is not None
+        ],
+        limits,
     )
     return report
 
@@ -166,6 +177,19 @@ def _scenes(size: tuple[int, int], num_clips: int) -> Iterable[ClipInput]:
 
 def _numbers(item: ClipInput, clip: Frames, likeness: float | None) -> QualityNumbers:
     return measure(clip, item.reference, item.pose, fps=FRAMES_PER_SECOND, identity=likeness)
+
+
+def _filmed(item: ClipInput, clip: Frames) -> QualityNumbers:
+    """Of the clip and its reference as a camera in somebody's hand sees them."""
+    reference = with_moving_background(item.reference[None], (item.reference_film.person[0] >= 0).numpy())[0]
+    clip = with_moving_background(clip, (item.truth.person[0] >= 0).numpy())
+    return _numbers(replace(item, reference=reference), clip, None)
+
+
+def _pose_of_another(items: Sequence[ClipInput], index: int) -> Frames | None:
+    """The pose video of the clip before, or of one before that, which has the same size and length."""
+    others = (items[index - back].pose for back in range(1, len(items)))
+    return next((pose for pose in others if pose.shape == items[index].pose.shape), None)
 
 
 def _tally(numbers: Iterable[QualityNumbers], limits: QualityLimits) -> dict[str, Any]:

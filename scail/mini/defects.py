@@ -61,6 +61,11 @@ def _blur(frames: Pixels, radius: int = 2) -> Pixels:
     return frames
 
 
+def _late(frames: Frames, num_frames: int = 8) -> Frames:
+    """The same, half a second later."""
+    return np.concatenate((frames[:1].repeat(num_frames, axis=0), frames[:-num_frames]))
+
+
 def _slide(frames: Frames) -> Frames:
     """The first frame, pushed to and fro by as much as somebody moves."""
     shifts = (8 * np.sin(np.arange(len(frames)) / 2)).round().astype(int)
@@ -71,9 +76,19 @@ _CHANGES = frozenset({"motion_agreement"})  # a picture that changes everywhere 
 
 DEFECTS = (
     Defect("black", _levels(lambda frames: frames * 0.02), "black_percent"),
-    Defect("frozen", lambda frames: frames[:1].repeat(len(frames), axis=0), "frozen_percent"),
+    Defect(
+        "frozen",
+        lambda frames: frames[:1].repeat(len(frames), axis=0),
+        "frozen_percent",
+        frozenset({"motion_agreement"}),
+    ),
     Defect("every other frame darker", _levels(lambda frames: frames * (1 - 0.12 * _odd(frames))), "flicker", _CHANGES),
-    Defect("boiling", _levels(lambda frames: frames * (1 - 0.2 * np.abs(_noise(frames, 8)))), "flicker", _CHANGES),
+    Defect(
+        "boiling",
+        _levels(lambda frames: frames * (1 - 0.2 * np.abs(_noise(frames, 8)))),
+        "flicker",
+        _CHANGES | {"saturation_shift"},
+    ),
     Defect(
         "burnt", _levels(lambda frames: (frames - 90) * 4 + 190), "clipped_percent", frozenset({"saturation_shift"})
     ),
@@ -90,6 +105,12 @@ DEFECTS = (
         "colour_drift",
         frozenset({"saturation_shift"}),
     ),
+    Defect(
+        "bluer from the middle on",
+        _levels(lambda frames: frames + (_along(frames) > 0.5) * np.array((-14, 0, 14), np.float32)),
+        "join_jump",
+        frozenset({"colour_drift", "flicker", "saturation_shift", "clipped_percent"}),
+    ),
     Defect("blurred", _levels(_blur), "sharpness"),
     Defect(
         "noise",
@@ -98,5 +119,7 @@ DEFECTS = (
         frozenset({"clipped_percent", "flicker"}),
     ),
     Defect("sliding instead of moving", _slide, "motion_agreement"),
+    Defect("played backwards", lambda frames: frames[::-1], "motion_agreement"),
+    Defect("half a second late", _late, "motion_agreement", frozenset({"frozen_percent"})),
     Defect("mirrored", lambda frames: frames[:, :, ::-1], "motion_agreement"),
 )

@@ -16,6 +16,7 @@ from scail.mini.alarms import count_alarms, page
 from scail.mini.data import PORTRAIT, draw_scenes
 from scail.mini.defects import DEFECTS
 from scail.mini.evaluate import ClipInput, clip_inputs, true_frames
+from scail.mini.moving_camera import with_moving_background
 from scail.preprocess import to_frames
 from scail.quality import Finding, Limit, QualityLimits, QualityNumbers, Verdict, judge, measure
 
@@ -25,7 +26,7 @@ LIMITS = QualityLimits()
 
 @pytest.fixture(scope="module")
 def items() -> list[ClipInput]:
-    return clip_inputs(draw_scenes(5, 3, num_frames=17, size=PORTRAIT, held_out=True, device=torch.device("cpu")))
+    return clip_inputs(draw_scenes(7, 3, num_frames=17, size=PORTRAIT, held_out=True, device=torch.device("cpu")))
 
 
 def numbers_of(item: ClipInput, frames: np.ndarray, **given) -> QualityNumbers:
@@ -52,15 +53,76 @@ def test_a_defect_shows_in_its_own_number_and_in_no_unrelated_one(items, defect)
         assert found <= {defect.shows_in, *defect.related}
 
 
-def test_a_jump_of_colour_is_seen_at_the_join_where_it_is(items):
-    item = items[0]
-    frames = true_frames(item)
-    frames[9:] = (frames[9:] * 0.85).astype(np.uint8)
+def test_a_jump_of_colour_is_seen_wherever_pieces_were_joined(items):
+    frames = true_frames(items[0])
+    jumps = {}
+    for join in (2, 9, 15):
+        joined = frames.copy()
+        joined[join:] = (joined[join:] * 0.85).astype(np.uint8)
+        jumps[join] = numbers_of(items[0], joined).join_jump
 
-    at_join, elsewhere = (numbers_of(item, frames, joins=(join,)).join_jump for join in (9, 4))
+    assert min(jumps.values()) > LIMITS.join_jump.review
+    assert numbers_of(items[0], frames).join_jump < 0.1
 
-    assert at_join > LIMITS.join_jump.review
-    assert elsewhere < 0.5
+
+def test_a_light_that_turns_slowly_drifts_and_does_not_jump(items):
+    fading = true_frames(items[0]) * np.linspace(1, 0.5, 17)[:, None, None, None]
+
+    numbers = numbers_of(items[0], fading.astype(np.uint8))
+
+    assert numbers.colour_drift > LIMITS.colour_drift.review
+    assert numbers.join_jump < LIMITS.join_jump.review
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_a_clip_too_short_for_a_join_has_no_jump(items, num_frames):
+    assert numbers_of(items[0], true_frames(items[0])[:num_frames]).join_jump is None
+
+
+def test_another_clips_motion_does_not_agree(items):
+    for n, item in enumerate(items):
+        others = numbers_of(replace(item, pose=items[n - 1].pose), true_frames(item)).motion_agreement
+
+        assert others < LIMITS.motion_agreement.review < numbers_of(item, true_frames(item)).motion_agreement
+
+
+def test_the_later_a_clip_the_less_its_motion_agrees(items):
+    for item in items:
+        frames = true_frames(item)
+        late = [np.concatenate((frames[:1].repeat(n, axis=0), frames[: 17 - n])) for n in (0, 2, 8)]
+
+        agreements = [numbers_of(item, clip).motion_agreement for clip in late]
+
+        assert agreements == sorted(agreements, reverse=True)
+        assert agreements[-1] < LIMITS.motion_agreement.review
+
+
+def test_a_background_that_moves_hides_neither_motion_nor_its_lack(items):
+    for item in items:
+        persons = (item.truth.person[0] >= 0).numpy()
+        frames = true_frames(item)
+
+        moving = with_moving_background(frames, persons)
+        standing = with_moving_background(frames[:1].repeat(17, axis=0), persons[:1].repeat(17, axis=0))
+
+        assert numbers_of(item, moving).motion_agreement > LIMITS.motion_agreement.review
+        assert numbers_of(item, standing).motion_agreement < LIMITS.motion_agreement.review
+
+
+def test_motion_may_be_told_by_its_direction_alone():
+    """Dots on a belt change every block alike, forwards and backwards; only the flow knows."""
+    dots = np.random.default_rng(0).uniform(0, 255, (16, 30, 1)).repeat(8, axis=0).repeat(8, axis=1).repeat(3, axis=2)
+    sway = [round(6 * np.sin(n / 2)) for n in range(17)]
+    forwards, backwards = (
+        np.stack([np.roll(dots, sign * shift, axis=1) for shift in sway]).astype(np.uint8) for sign in (1, -1)
+    )
+
+    agreements = [
+        measure(clip, clip[0], forwards, fps=FPS).motion_agreement for clip in (forwards // 2 + 60, backwards // 2 + 60)
+    ]
+
+    assert agreements[0] > 0.9
+    assert agreements[1] < agreements[0]
 
 
 def test_latents_that_are_no_number_fail_a_clip(items):
@@ -153,5 +215,6 @@ def test_alarms_are_counted_and_told_on_a_page():
     report = count_alarms(pipeline, num_clips=2, params=None, limits=LIMITS._replace(sharpness=Limit(1e6, 1e5)))
 
     assert report["good"]["drawn"]["alarms"] == {"sharpness": 2}
+    assert report["good"]["drawn, the camera moves"]["num_clips"] == 2
     assert report["bad"]["frozen"]["alarms"]["frozen_percent"] == 2
     assert "| drawn | 2 | 0 | 0 | 2 | sharpness 2 |" in page(report)
