@@ -23,7 +23,7 @@ from scail.config import (
     Quantization,
     SamplingParams,
 )
-from scail.quality import Finding, QualityNumbers, Verdict
+from scail.quality import Finding, Limit, QualityNumbers, Verdict
 
 CLIP_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -218,6 +218,7 @@ class ClipQuality(BaseModel):
     verdict: Verdict
     numbers: QualityNumbers
     findings: tuple[Finding, ...] = ()
+    limits: dict[str, Limit] = Field(default_factory=dict)  # that were in force, of every number
 
     @property
     def note(self) -> str:

@@ -230,7 +230,7 @@ def quality_of(output: ScailOutput, inputs: ClipInputs, likeness: float, limits:
         identity=likeness,
     )
     verdict, findings = judge(numbers, limits)
-    quality = ClipQuality(verdict=verdict, numbers=numbers, findings=findings)
+    quality = ClipQuality(verdict=verdict, numbers=numbers, findings=findings, limits=limits._asdict())
     if any(finding.is_fatal for finding in findings):
         raise GenerationError(f"there is nothing to see: {quality.note}")
     return quality

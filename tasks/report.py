@@ -20,6 +20,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from scail.errors import InvalidInputError
+from scail.quality import Limit
 from tasks import storage
 from tasks.figures import duration, time_name
 from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
@@ -238,9 +239,20 @@ def _details(result: ClipResult) -> dict[str, str]:
 
 
 def _quality(metrics: ClipMetrics) -> dict[str, str]:
-    """What was measured of the pictures; what could not be is left out."""
-    numbers = asdict(metrics.quality.numbers) if metrics.quality else {}
-    return {name.replace("_", " "): f"{value:.3g}" for name, value in numbers.items() if value is not None}
+    """What was measured of the pictures, with its limits; what could not be measured is left out."""
+    if metrics.quality is None:
+        return {}
+    limits = metrics.quality.limits
+    return {
+        name.replace("_", " "): f"{value:.3g}" + (_limit(limits[name]) if name in limits else "")
+        for name, value in asdict(metrics.quality.numbers).items()
+        if value is not None
+    }
+
+
+def _limit(limit: Limit) -> str:
+    side = "below" if limit.falls else "above"
+    return f" ({side} {limit.review:g}, {limit.fail:g})"
 
 
 def _environment() -> Environment:

@@ -348,6 +348,7 @@ def test_a_clip_of_noise_is_published_and_to_be_looked_at(media, checkpoint, tmp
     assert result.is_to_review
     assert result.quality.verdict is Verdict.FAILED_QUALITY
     assert ("grain", -1.0) in {(finding.name, finding.bound) for finding in result.quality.findings}
+    assert result.quality.limits == Settings().quality.limits()._asdict()
     assert None not in (result.quality.numbers.identity, result.quality.numbers.join_jump)
     assert ClipMetrics.model_validate_json(result.metrics.model_dump_json()) == result.metrics
 

@@ -450,4 +450,5 @@ def test_a_clip_beyond_a_limit_carries_its_verdict_the_number_and_the_bound():
     badges = [attrs["title"] for _, attrs in page.tags if "pill needs_review" in (attrs.get("class") or "")]
     assert badges == ["flicker 4, above 2"]
     assert "Worth a look" in page.text
-    assert "identity" in page.text
+    assert "0.9 (below 0.65, 0.3)" in page.text
+    assert "0 (above 2, 8)" in page.text

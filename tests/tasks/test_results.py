@@ -384,8 +384,11 @@ def test_success_is_marked_when_everything_is_there(run_dir):
 
 
 def with_quality(result, **numbers):
-    verdict, findings = judge(QualityNumbers(**numbers), QualityLimits())
-    quality = ClipQuality(verdict=verdict, numbers=QualityNumbers(**numbers), findings=findings)
+    limits = QualityLimits()
+    verdict, findings = judge(QualityNumbers(**numbers), limits)
+    quality = ClipQuality(
+        verdict=verdict, numbers=QualityNumbers(**numbers), findings=findings, limits=limits._asdict()
+    )
     return result.model_copy(update={"metrics": result.metrics.model_copy(update={"quality": quality})})
 
 
