@@ -47,7 +47,7 @@ ENCODER_SEED = 0  # the text and the image encoder are never trained: random, an
 TIMESTEP_SHIFT = 3.0
 TEXT_DROPOUT = 0.1
 TOKENS_PER_BATCH = 52_000  # 64 clips of 17 frames
-RENEW_EVERY, RENEWED_CLIPS = 16, 32
+RENEW_EVERY, RENEWED_CLIPS = 24, 32
 SAMPLING_STEPS = 16
 
 

@@ -202,12 +202,13 @@ def limb_errors(pixels: Tensor, truth: Film) -> tuple[float, float]:
     height = pixels.shape[2]
     radius = SEARCH_SHARE * height
     for frame in range(pixels.shape[1]):
-        masks = _limb_masks(truth, frame)
-        for mask in masks:
+        for whole in _limb_masks(truth, frame):
+            window = _window(whole, round(radius))
+            mask = whole[window]
             near = _within(mask, round(radius))
-            true_frame = truth.pixels[0, :, frame]
+            true_frame, own_frame = (picture[:, frame][:, *window] for picture in (truth.pixels[0], pixels))
             colour, others = true_frame[:, mask].mean(dim=1), true_frame[:, near & ~mask]
-            wanted, found = (_find(picture[:, frame], near, colour, others) for picture in (truth.pixels[0], pixels))
+            wanted, found = (_find(picture, near, colour, others) for picture in (true_frame, own_frame))
             if wanted is None:
                 continue
             lost.append(found is None)
@@ -297,8 +298,19 @@ def _first_person(film: Film) -> int:
     return int(film.person[film.person >= 0].min()) if (film.person >= 0).any() else 0
 
 
+def _window(mask: Tensor, radius: int) -> tuple[slice, slice]:
+    """The rows and columns within `radius` of a mask (H, W): small pictures are quick to search."""
+    spans = []
+    for axis in (1, 0):
+        hits = mask.any(dim=axis).nonzero()
+        spans.append(slice(max(0, int(hits[0]) - radius), int(hits[-1]) + radius + 1))
+    return spans[0], spans[1]
+
+
 def _within(mask: Tensor, radius: int) -> Tensor:
-    return F.max_pool2d(mask[None, None].float(), 2 * radius + 1, stride=1, padding=radius)[0, 0] > 0
+    side = 2 * radius + 1  # of a square, so that rows and columns may go one after the other
+    rows = F.max_pool2d(mask[None, None].float(), (side, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(rows, (1, side), stride=1, padding=(0, radius))[0, 0] > 0
 
 
 def _one(film: Film, index: int) -> Film:

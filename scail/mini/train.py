@@ -88,8 +88,6 @@ def run_dit(
     progress = load_state(resume, DIT, transformer) if resume else Progress()
     encoders = Encoders.around(vae, SCAIL_MINI, device)
     logger.info("%d parameters, %s", parameters_of([transformer]), progress)
-    if device.type == "cuda":
-        transformer.compile_blocks()  # launches bound the rate of so small a network
     average, progress = train_dit(
         plan, transformer, encoders, progress, kinds, device, tokens_per_batch=tokens_per_batch
     )

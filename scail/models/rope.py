@@ -8,6 +8,7 @@ Reference tokens stand at t = 0, video and pose tokens at t = 1 … f. Pose toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,18 @@ class RotaryTable:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RotaryTable:
         return RotaryTable(self.cos.to(device, dtype), self.sin.to(device, dtype))
+
+
+@lru_cache(maxsize=6)
+def kept_rotary_table(
+    config: TransformerConfig, num_frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> RotaryTable:
+    """`rotary_table`, on a device; 25 MB there for a long clip. Those of the last few sizes stay.
+
+    Made anew it costs the processor as much as some steps of a small model, and its copy makes it wait for the GPU.
+    """
+    with torch.inference_mode(mode=False):  # training may use it too
+        return rotary_table(config, num_frames, height, width).to(device, dtype)
 
 
 def rotary_table(config: TransformerConfig, num_frames: int, height: int, width: int) -> RotaryTable:

@@ -26,7 +26,7 @@ from scail.errors import InvalidInputError
 from scail.kernels import qk_norm_rotary
 from scail.kernels.reference import layer_norm_modulate, rms_norm
 from scail.models.attention import BACKENDS, CROSS_ATTENTION, Attention, sdpa
-from scail.models.rope import RotaryTable, rotary_table
+from scail.models.rope import RotaryTable, kept_rotary_table
 from scail.types import Conditioning
 
 # Layers of a block that `prepare` alone uses: once a clip, not at every step.
@@ -110,7 +110,7 @@ class ScailTransformer(nn.Module):
         reference, pose = conditioning.reference_latents, conditioning.pose_latents
         num_frames, (height, width) = pose.shape[2], reference.shape[-2:]
         _check_shapes(reference, pose)
-        rotary = rotary_table(config, num_frames, height // config.patch_size, width // config.patch_size)
+        rows, columns = height // config.patch_size, width // config.patch_size
         image = self.image_embedding(conditioning.image_embeds)
         text = self.text_embedding(conditioning.context)
         key_values = [
@@ -120,7 +120,7 @@ class ScailTransformer(nn.Module):
         return PreparedConditioning(
             reference_tokens=_patchify(self.patch_embedding, reference, mask=1.0),
             pose_tokens=_patchify(self.pose_patch_embedding, pose, mask=1.0),
-            rotary=rotary.to(reference.device, reference.dtype),
+            rotary=kept_rotary_table(config, num_frames, rows, columns, reference.device, reference.dtype),
             text=tuple(of_text for of_text, _ in key_values),
             image=tuple(of_image for _, of_image in key_values),
             grid=(num_frames, height, width),

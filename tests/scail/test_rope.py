@@ -9,6 +9,7 @@ from scail.config import SCAIL_14B, TransformerConfig
 from scail.kernels.reference import rotate_pairs
 from scail.models.rope import (
     RotaryTable,
+    kept_rotary_table,
     pose_rotary,
     reference_rotary,
     rotary_table,
@@ -139,6 +140,17 @@ def test_the_whole_table_is_reference_then_video_then_pose():
     assert torch.equal(reference, reference_rotary(CONFIG, HEIGHT, WIDTH).sin)
     assert torch.equal(video, video_rotary(CONFIG, FRAMES, HEIGHT, WIDTH).sin)
     assert torch.equal(pose, pose_rotary(CONFIG, FRAMES, HEIGHT, WIDTH).sin)
+
+
+def test_a_kept_table_is_made_once_and_serves_both_inference_and_training():
+    with torch.inference_mode():
+        kept = kept_rotary_table(CONFIG, FRAMES, HEIGHT, WIDTH, torch.device("cpu"), torch.bfloat16)
+
+    table = rotary_table(CONFIG, FRAMES, HEIGHT, WIDTH)
+    assert torch.equal(kept.cos, table.cos.bfloat16())
+    assert torch.equal(kept.sin, table.sin.bfloat16())
+    assert kept_rotary_table(CONFIG, FRAMES, HEIGHT, WIDTH, torch.device("cpu"), torch.bfloat16) is kept
+    (kept.cos * torch.ones((), requires_grad=True)).sum().backward()  # an inference tensor would refuse
 
 
 @pytest.mark.parametrize(("head_size", "time_pairs"), [(12, 2), (20, 4), (32, 6), (128, 22)])
