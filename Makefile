@@ -18,9 +18,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/scail demo
 
-# Two at a time: tests/chaos waits for processes to die and to come back while the other half computes.
+# More at a time than there are cores: tests/chaos waits for processes to die and to come back while others compute.
 test: setup
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder
 
 lint: setup lint-infra
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from scail.config import LoraFile
-from tasks import cluster, control
+from tasks import cluster, control, thrift
 from tasks.checkpoint import inspect_checkpoint, miniature
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast
@@ -528,6 +528,7 @@ def demo(
 
 def main() -> None:
     """Entry point of the `scail` command."""
+    thrift.begin()
     logging.captureWarnings(capture=True)
     # Threads of torch that wait in a loop take the cores from Prefect's server beside them: a decode on two cores
     # took 9 s instead of 1.5 s. Read when torch is loaded.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
 from scail.errors import CheckpointError
@@ -166,6 +165,8 @@ def _same_names(keys: Iterable[str]) -> dict[str, Recipe]:
 
 def _vae_recipes(keys: Iterable[str]) -> dict[str, Recipe]:
     """diffusers' own conversion passes values through, so that it can be asked for names alone."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     renamed: dict[str, str] = convert_wan_vae_to_diffusers({key: key for key in keys})
     return {ours: Recipe((source,)) for ours, source in renamed.items()}
 

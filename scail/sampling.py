@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from scail.config import Solver
@@ -121,6 +120,8 @@ def _log_step(sigma: float, sigma_next: float) -> float:
 
 def _unipc(sigmas: Tensor) -> Stepper:
     """UniPC of second order, of diffusers; on our noise levels, where its own start at 0.9998."""
+    from diffusers import UniPCMultistepScheduler
+
     scheduler = UniPCMultistepScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def dask_setup(worker: Worker) -> None:
+    thrift.begin()
     settings = Settings()
     watchdog.start()
     sweep_scratch(settings.scratch_dir)

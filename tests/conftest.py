@@ -1,16 +1,33 @@
-"""Options and fixtures that more than one folder of tests uses."""
+"""Options and fixtures that more than one folder of tests uses, and how `make test` shares the tests out."""
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent
-SHARING_FOLDERS = {"chaos", "flows"}  # with fixtures of the whole session that take long to start
+
+# Tests that share what takes long to start, a cluster or a Prefect server, stay in one process. There are two clusters:
+# tests that wait for something to die or to come back may do so beside one another.
+SHARING = {
+    "chaos/test_faults.py": "the first cluster",
+    "chaos/test_steering.py": "the first cluster",
+    "chaos": "the second cluster",
+    "flows": "a server",
+}
+COMPUTING_NICENESS = 10
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; as `scail` does, and for its reason
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are more processes than cores
+    gc.set_threshold(20_000)  # what is imported stays; see tasks/thrift.py
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the program: it is compiled once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,12 +41,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """`pytest -n 2`: tests of a file stay together, and those that share a cluster or a Prefect server do."""
+    """`pytest -n 4`: tests of a file stay together, and those that share a cluster or a Prefect server do."""
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class BySharedFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            return next((folder for folder in SHARING_FOLDERS if folder in path.split("/")), path)
+            path = nodeid.partition("::")[0].removeprefix("tests/")
+            return SHARING.get(path) or SHARING.get(path.partition("/")[0]) or path
 
     return BySharedFixtures(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Of many processes on few cores those that measure how soon others react go before those that compute."""
+    if "PYTEST_XDIST_WORKER" in os.environ and "chaos" not in item.path.parts:
+        os.nice(max(0, COMPUTING_NICENESS - os.nice(0)))
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite database that has Prefect's tables: making them takes five seconds of a core, copying them none."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    home = shared / "prefect-tables"
+    with (shared / "prefect-tables.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whichever process comes first makes it
+        if not home.exists():
+            environment = os.environ | {"PREFECT_HOME": str(home.with_suffix(".part")), "DO_NOT_TRACK": "1"}
+            upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            subprocess.run(upgrade, env=environment, check=True, capture_output=True, timeout=120)
+            home.with_suffix(".part").rename(home)
+    return home / "prefect.db"

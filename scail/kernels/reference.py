@@ -56,9 +56,14 @@ def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(F.gelu(x, approximate="tanh"))
 
 
+def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    """Vectors (..., C) of unit mean square, scaled by channel, through SiLU in float32."""
+    return F.silu(rms_norm(x, gamma, TINY).float()).to(x.dtype)
+
+
 def norm_silu_window(x: Tensor, gamma: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
     if gamma is not None:
-        x = F.silu(rms_norm(x, gamma, TINY).float()).to(x.dtype)
+        x = norm_silu(x, gamma)
     x = F.pad(x, (0, 0, 1, 1, 1, 1))
     window = torch.cat((torch.zeros_like(x[:, :1]).expand(-1, 2, -1, -1, -1) if past is None else past, x), dim=1)
     return window, window[:, -2:].clone()

@@ -32,6 +32,7 @@ from scail.mini.data import (
     render_references,
 )
 from scail.mini.loop import Moment, RunPlan, train
+from scail.mini.renewal import Renewal
 from scail.mini.state import AveragedWeights, Progress, RunLog
 from scail.mini.vae_stage import HELD_OUT_SEED, half_precision, psnr
 from scail.models.image_encoder import ImageEncoder
@@ -128,26 +129,17 @@ class Pool:
     """Encoded clips of one kind in the device's memory; the oldest are renewed first."""
 
     def __init__(self, kind: PoolKind, encoders: Encoders, device: torch.device, seed: tuple[int, ...]) -> None:
-        self.kind, self.encoders, self.device, self.seed = kind, encoders, device, seed
-        self.num_drawn = 0
-        parts = []
-        while self.num_drawn < kind.num_slots:
-            parts.append(self._draw(min(RENEWED_CLIPS, kind.num_slots - self.num_drawn)))
-        self.examples = Examples(*(torch.cat(values) for values in zip(*parts, strict=True)))
-        self.next_slot = 0
+        self.kind, self.encoders, self.device = kind, encoders, device
+        self.renewal = Renewal(kind.num_slots, seed, self._draw, drawn_together=RENEWED_CLIPS)
+        self.examples = Examples(*self.renewal.values)
 
     def renew(self) -> None:
-        num = min(RENEWED_CLIPS, self.kind.num_slots - self.next_slot)
-        for values, new in zip(self.examples, self._draw(num), strict=True):
-            values[self.next_slot : self.next_slot + num] = new
-        self.next_slot = (self.next_slot + num) % self.kind.num_slots
+        self.renewal.renew(RENEWED_CLIPS)
 
     def batch(self, num_clips: int) -> Examples:
         return self.examples.take(torch.randint(self.kind.num_slots, (num_clips,), device=self.device))
 
-    def _draw(self, num: int) -> Examples:
-        seed = int(np.random.SeedSequence((*self.seed, self.num_drawn)).generate_state(1)[0])
-        self.num_drawn += num
+    def _draw(self, seed: int, num: int) -> Examples:
         scenes = draw_scenes(
             seed, num, num_frames=self.kind.num_frames, size=self.kind.size, held_out=False, device=self.device
         )

@@ -1,8 +1,7 @@
 """Drawn clips kept in the device's memory as bytes, of which training batches are cut.
 
-Drawing a clip costs more than a step learns from it, and most of a picture is background. So a pool of long clips is
-drawn once and renewed bit by bit, and batches are pieces of it: shorter, smaller, around a place where somebody is,
-mirrored, and with the colours' channels exchanged.
+Most of a picture is background. So batches are pieces of a pool of long clips: shorter, smaller, around a place where
+somebody is, mirrored, and with the colours' channels exchanged.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scail.mini.data import Size, draw_scenes, halve_pose_pictures, render_film, render_pose_pictures
+from scail.mini.renewal import Renewal
 
 NUM_PLACES = 48  # remembered of each clip
 DRAWN_TOGETHER = 16
@@ -43,17 +42,13 @@ class FilmPool:
     """Clips of one kind; the oldest are renewed first."""
 
     def __init__(self, kind: FilmKind, seed: tuple[int, ...], device: torch.device) -> None:
-        self.kind, self.seed, self.device = kind, seed, device
-        self.num_drawn, self.next_slot = 0, 0
-        parts = [self._draw(min(DRAWN_TOGETHER, kind.num_clips - n)) for n in range(0, kind.num_clips, DRAWN_TOGETHER)]
-        self.films = Films(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        self.kind, self.device = kind, device
+        self.renewal = Renewal(kind.num_clips, seed, self._draw, drawn_together=DRAWN_TOGETHER)
+        self.films = Films(*self.renewal.values)
 
     def renew(self, num_clips: int) -> None:
         """Draw new clips in place of the oldest."""
-        num_clips = min(num_clips, self.kind.num_clips - self.next_slot)
-        for values, new in zip(self.films, self._draw(num_clips), strict=True):
-            values[self.next_slot : self.next_slot + num_clips] = new
-        self.next_slot = (self.next_slot + num_clips) % self.kind.num_clips
+        self.renewal.renew(num_clips)
 
     def cut(self, num_clips: int, num_frames: int, size: Size) -> Tensor:
         """Pieces (B, 3, T, h, w) in -1 … 1 around places where somebody is."""
@@ -80,10 +75,7 @@ class FilmPool:
     def _choose(self, below: int, num: int) -> Tensor:
         return torch.randint(below, (num,), device=self.device)
 
-    @torch.no_grad()
-    def _draw(self, num_clips: int) -> Films:
-        seed = int(np.random.SeedSequence((*self.seed, self.num_drawn)).generate_state(1)[0])
-        self.num_drawn += num_clips
+    def _draw(self, seed: int, num_clips: int) -> Films:
         kind = self.kind
         scenes = draw_scenes(
             seed, num_clips, num_frames=kind.num_frames, size=kind.size, held_out=False, device=self.device

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scail.kernels import reference
 from scail.models.vae import VideoVae
-
-_EPS = 1e-12  # the library's norm has none; this keeps a vector of zeros finite
 
 
 def encode(vae: VideoVae, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,20 +126,13 @@ def _middle(x: Tensor, block: nn.Module) -> Tensor:
 
 def _norm_silu(x: Tensor, norm: nn.Module) -> Tensor:
     gamma = cast(Tensor, norm.gamma).flatten()
-    return _fused_norm_silu()(x, gamma) if x.is_cuda else norm_silu(x, gamma)
-
-
-def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """Vectors (..., C) of unit mean square, scaled by channel, through SiLU; all of it in float32."""
-    values = x.float()
-    scale = (values.square().mean(dim=-1, keepdim=True) + _EPS).rsqrt()
-    return F.silu(values * scale * gamma.float()).to(x.dtype)
+    return _fused_norm_silu()(x, gamma) if x.is_cuda else reference.norm_silu(x, gamma)
 
 
 @lru_cache(maxsize=1)
 def _fused_norm_silu() -> Callable[[Tensor, Tensor], Tensor]:
     """One pass over memory forwards and one backwards, in place of about twenty: most of a training step's traffic."""
-    return torch.compile(norm_silu, dynamic=True)
+    return torch.compile(reference.norm_silu, dynamic=True)
 
 
 def _stacked(conv: nn.Conv3d) -> Tensor:

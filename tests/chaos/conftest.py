@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder; whatever a test has killed is there again before the next one."""
+"""A cluster for the tests of this folder, one in each process; what a test killed is there again before the next."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ def bucket(bucket_server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def shared_cluster(tmp_path_factory: pytest.TempPathFactory, bucket_server: FaultProxy) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), bucket_url=bucket_server.url)
+def shared_cluster(
+    tmp_path_factory: pytest.TempPathFactory, bucket_server: FaultProxy, migrated_database: Path
+) -> Iterator[Cluster]:
+    root = tmp_path_factory.mktemp("cluster")
+    cluster = Cluster(root, bucket_url=bucket_server.url, database=migrated_database)
     try:
         cluster.start()
         yield cluster

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -130,6 +132,7 @@ class Cluster:
     ports: dict[str, int] = field(default_factory=lambda: {"server": free_port(), "scheduler": free_port()})
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     bucket_url: str = ""  # of a server for gs://, if there is one
+    database: Path | None = None  # with Prefect's tables; the server makes its own if there is none
     commands: list[subprocess.Popen] = field(default_factory=list)  # of this test
 
     @property
@@ -185,6 +188,9 @@ class Cluster:
         self.scratch_dir.mkdir()
         write_random_checkpoint(self.checkpoint, SCAIL_TINY, seed=0)
         write_certificates(self.tls_dir.parent, [])
+        if self.database:
+            (self.root / "prefect").mkdir()
+            shutil.copy(self.database, self.root / "prefect")
         self.start_server()
         self.start_scheduler()
         for number in range(NUM_WORKERS):
@@ -360,6 +366,14 @@ def done_clips(output: Path) -> dict[str, DoneRecord]:
         assert (output / record.poster).stat().st_size > 0
         assert metrics_of(output, record).key == record.key
     return by_clip
+
+
+def assert_all_rendered(cluster: Cluster, run: Run, num_clips: int) -> None:
+    assert run.wait() == 0, run.tail()
+    assert set(done_clips(run.output)) == {f"clip-{number}" for number in range(num_clips)}
+    assert Counter(run.statuses()) == {"rendered": num_clips}
+    assert run.last_line().startswith(f"{num_clips} rendered, 0 skipped, 0 failed")
+    assert cluster.flow_state(run) == "COMPLETED"
 
 
 def metrics_of(output: Path, record: DoneRecord) -> ClipMetrics:

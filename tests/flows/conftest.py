@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,9 +23,13 @@ WriteManifest = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prefect_api() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+def prefect_api(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("prefect")
+    shutil.copy(migrated_database, folder / "prefect-test.db")  # as Prefect's harness names it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefect.testing.utilities.mkdtemp", lambda: str(folder))
+        with prefect_test_harness(server_startup_timeout=120):
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -278,19 +278,6 @@ def test_higher_priority_comes_first(write_manifest, tmp_path, checkpoint):
     assert max(published, key=lambda clip_id: published[clip_id]) == "low"
 
 
-def test_inputs_and_outputs_may_be_any_uri_that_storage_knows(write_manifest, media, checkpoint):
-    storage.publish_file(media / "ref1.png", "memory://bucket/in/ref.png")
-    storage.publish_file(media / "pose5.mp4", "memory://bucket/in/pose.mp4")
-    manifest = write_manifest({"clip_id": "clip", "reference": "ref.png", "pose": "pose.mp4"})
-    storage.publish_file(manifest, "memory://bucket/in/manifest.csv")
-
-    options = RenderOptions(checkpoint=str(checkpoint))
-    state = render_manifest("memory://bucket/in/manifest.csv", "memory://bucket/out", options, return_state=True)
-
-    assert state.is_completed()
-    assert storage.read_bytes("memory://bucket/out/clips/clip/video.mp4")[4:8] == b"ftyp"
-
-
 def test_the_checkpoint_must_be_the_one_that_was_planned_for(write_manifest, tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr("tasks.resident.model_fingerprint", lambda _folder, _loras: "another")
 

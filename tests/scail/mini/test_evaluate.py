@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scail.bench import random_pipeline
-from scail.config import SCAIL_MINI, SamplingParams
+from scail.config import SCAIL_TINY, SamplingParams
 from scail.mini.data import LANDSCAPE, PORTRAIT, draw_scenes, render_film
 from scail.mini.evaluate import (
     SEARCH_SHARE,
@@ -141,7 +141,7 @@ def test_a_clip_passes_within_every_limit(changes, passes):
 
 
 def test_a_pipeline_is_scored_with_exchanges():
-    pipeline = random_pipeline(SCAIL_MINI, device=CPU, dtype=torch.float32)
+    pipeline = random_pipeline(SCAIL_TINY, device=CPU, dtype=torch.float32)
     params = SamplingParams(num_inference_steps=1, guidance_scale=1.0)
 
     report = evaluate(pipeline, num_clips=3, params=params, num_frames=1, size=LANDSCAPE)

@@ -60,4 +60,4 @@ def test_the_oldest_clips_are_renewed_first():
     changed = [(pool.films.levels[n] != before[n]).any().item() for n in range(3)]
     assert changed == [True, True, False]
     assert pool.films.levels.shape[2:4] == (32, 24)  # pose pictures are halved
-    assert pool.next_slot == 2
+    assert pool.renewal.next_slot == 2
