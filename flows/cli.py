@@ -439,9 +439,9 @@ def evaluate(
     checkpoint: Annotated[
         str | None, typer.Option(help="Checkpoint folder. [default: the miniature that comes with the program]")
     ] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Held-out clips to render; each once more with another pose.")] = 12,
+    clips: Annotated[int, typer.Option(min=1, help="Held-out clips to render; each once more with another pose.")] = 24,
     frames: Annotated[int, typer.Option(min=1, max=81)] = 17,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
+    steps: Annotated[int, typer.Option(min=1)] = 8,
     guidance: Annotated[float, typer.Option(min=0)] = 1.0,
     json: Annotated[Path | None, typer.Option(help="Write every score to this file.")] = None,
 ) -> None:

@@ -1,6 +1,6 @@
 """Scores of a checkpoint on characters and motions that it was not trained on.
 
-    python -m scail.mini.evaluate --checkpoint DIR --out report.json [--clips 12] [--steps 20] [--guidance 1.0]
+    python -m scail.mini.evaluate --checkpoint DIR --out report.json [--clips 24] [--steps 8] [--guidance 1.0]
 
 Every clip is a scene whose truth is known: which pixel shows which limb. A limb is found again in a picture by its
 colour, near where it should be, and in the same way in the truth, so that both suffer alike from what hides it. The
@@ -340,9 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scail.mini.evaluate", description="Score a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="the JSON report")
-    parser.add_argument("--clips", type=int, default=12)
+    parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--landscape", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
