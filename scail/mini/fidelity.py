@@ -114,6 +114,7 @@ def measure(trial: Trial, shortcuts: Iterable[Shortcut], save: Callable[[dict[st
         try:
             clips = clips_in_processes(trial, shortcut) if shortcut.num_processes > 1 else trial.clips_of(shortcut)
             row |= scores_of(trial, clips) | distance(clips, exact)
+            row["seconds"] /= shortcut.num_processes  # that render at the same time
         except (ScailError, RuntimeError, ImportError) as error:  # the other rows are worth having
             row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
         logger.info("%s", row)
@@ -153,7 +154,10 @@ def clips_in_processes(trial: Trial, shortcut: Shortcut) -> list[ScailOutput]:
     """Every process renders each n-th clip; the order of the clips is kept."""
     num = shortcut.num_processes
     shares = [list(range(trial.num_clips))[first::num] for first in range(num)]
-    with ProcessPoolExecutor(num, mp_context=get_context("spawn")) as pool:
+    threads = max(1, torch.get_num_threads() // num)  # else they wait for one another
+    with ProcessPoolExecutor(
+        num, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
         rendered = list(pool.map(partial(trial.clips_of, shortcut), shares))
     return [rendered[number % num][number // num] for number in range(trial.num_clips)]
 

@@ -47,7 +47,7 @@ def page(report: dict[str, Any]) -> str:
     """The report in Markdown, a table for each group of shortcuts."""
     if not report["runs"]:
         return f"{_INTRODUCTION}\n\nNothing is measured yet.\n"
-    return "\n".join([_INTRODUCTION, *_exact_lines(report), *_group_lines(report)]) + "\n"
+    return "\n".join([_INTRODUCTION, *_exact_lines(report), *_group_lines(report), *_gap_lines(report)]) + "\n"
 
 
 def _exact_lines(report: dict[str, Any]) -> Iterator[str]:
@@ -91,3 +91,11 @@ def _shortcut_lines(report: dict[str, Any], shortcut: Shortcut) -> Iterator[str]
                 f"{row['delta_e']:.1f} ({row['delta_e'] - exact['delta_e']:+.1f}) | "
                 f"{exact['seconds'] / row['seconds']:.2f} times | {verdict} | {is_default} |"
             )
+
+
+def _gap_lines(report: dict[str, Any]) -> Iterator[str]:
+    """What no device has measured: it is no cheaper for that."""
+    measured = {row["name"] for run in report["runs"] for row in run["rows"]}
+    gaps = [shortcut.name for shortcut in SHORTCUTS if shortcut.name not in measured]
+    if gaps:
+        yield f"\n## Not measured yet\n\n{'; '.join(gaps)}."

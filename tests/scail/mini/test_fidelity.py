@@ -153,3 +153,11 @@ class TestThePage:
         ]
 
         assert dear == []
+
+    def test_names_what_is_not_measured(self):
+        run = self.report["runs"][0]
+        rest = [row for row in run["rows"] if row["name"] != "no guidance"]
+
+        _, gaps = page({"runs": [run | {"rows": rest}]}).split("## Not measured yet")
+        assert "no guidance" in gaps
+        assert not any(row["name"] in gaps.strip(". \n").split("; ") for row in rest)
