@@ -37,7 +37,9 @@ def begin() -> None:
 
 
 def settle() -> None:
-    """To be called when the process has what it will keep: its imports, its model."""
+    """To be called when the process has what it will keep: its imports, its model. Once is enough."""
+    if _has_settled():
+        return
     with suppress(AttributeError):  # a C library without it
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
@@ -54,7 +56,7 @@ def tidy() -> None:
     While Prefect's server is away, what is left of each try to reach it holds a megabyte of certificates that Python's
     collector does not see. Nothing in a process that has not settled, where it would take a second.
     """
-    if gc.get_freeze_count():
+    if _has_settled():
         gc.collect()
         with suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
@@ -62,11 +64,15 @@ def tidy() -> None:
 
 def collect_all() -> None:
     """Free what only refers to itself, also among what was there when the process settled."""
-    was_settled = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()
-    if was_settled:
+    if _has_settled():
         gc.freeze()
+
+
+def _has_settled() -> bool:
+    """By the thresholds: a few hundred frozen objects are there when Python 3.12 starts."""
+    return gc.get_threshold() == COLLECT_AFTER
 
 
 def dask_setup(_scheduler: Scheduler) -> None:
