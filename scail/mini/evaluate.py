@@ -139,7 +139,7 @@ def exchanges(
                 "limb_error_percent": new.limb_error_percent,
                 "limb_error_before_percent": old.limb_error_percent,
                 "delta_e": new.delta_e,
-                "delta_e_of_other": limb_delta_e(_signed(clip), truth, other.reference_film),
+                "delta_e_of_other": limb_delta_e(signed(clip), truth, other.reference_film),
                 "change_by_pose": mean_difference(clip, clips[index]),
                 "change_by_reference": mean_difference(clip, clips[partner]),
             }
@@ -182,7 +182,7 @@ def through_vae(pipeline: ScailPipeline, item: ClipInput) -> Frames:
 
 def score(clip: Frames, truth: Film, reference: Film) -> Scores:
     """Scores of frames (T, H, W, 3) of a clip whose truth is known."""
-    pixels = _signed(clip)
+    pixels = signed(clip)
     error, lost = limb_errors(pixels, truth)
     height = pixels.shape[2]
     square = (pixels - truth.pixels[0]).square().mean(dim=0)  # (T, H, W)
@@ -327,7 +327,7 @@ def _levels(pixels: Tensor) -> Frames:
     return frames
 
 
-def _signed(clip: Frames) -> Tensor:
+def signed(clip: Frames) -> Tensor:
     """(3, T, H, W) in -1 … 1."""
     return torch.from_numpy(clip.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
 

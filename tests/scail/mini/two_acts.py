@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from scail.mini.data import PORTRAIT, Film, draw_scenes
-from scail.mini.evaluate import ClipInput, Frames, clip_inputs, exchanged_film, limb_delta_e, limb_errors
+from scail.mini.evaluate import ClipInput, Frames, clip_inputs, exchanged_film, limb_delta_e, limb_errors, signed
 
 NUM_FRAMES = 5
 MUCH_NEARER = 0.6  # the miniature is at about 0.3 for limbs, at 0.15 for colours; a clip that ignores its input is at 1
@@ -34,11 +34,11 @@ def two_acts() -> TwoActs:
 
 def follows(clip: Frames, own: Film, other: Film) -> bool:
     """Are the limbs much nearer to where they are in `own` than to where they are in `other`?"""
-    pixels = torch.from_numpy(clip.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
+    pixels = signed(clip)
     return limb_errors(pixels, own)[0] < MUCH_NEARER * limb_errors(pixels, other)[0]
 
 
 def is_dressed_as(clip: Frames, truth: Film, own: Film, other: Film) -> bool:
     """Are the colours of the limbs much nearer to those of the reference `own` than to those of `other`?"""
-    pixels = torch.from_numpy(clip.copy()).permute(3, 0, 1, 2).float() / 127.5 - 1
+    pixels = signed(clip)
     return limb_delta_e(pixels, truth, own) < MUCH_NEARER * limb_delta_e(pixels, truth, other)
