@@ -1,9 +1,9 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Each sets up what it needs.
+# On a fresh machine: `make demo`, `make test` and `make chaos`. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint lint-infra format clean
+.PHONY: setup demo test chaos lint lint-infra format clean
 
 setup: $(VENV)/.installed
 
@@ -18,9 +18,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/scail demo
 
-# More at a time than there are cores: tests/chaos waits for processes to die and to come back while others compute.
+# Every test is run by one of these two; `pytest` alone runs them all. More at a time than there are cores: some wait
+# while others compute, most of all those that wait for processes to die and to come back.
 test: setup
-	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder -m "not chaos"
+
+# Two at a time: each has a cluster of its own.
+chaos: setup
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m chaos
 
 lint: setup lint-infra
 	$(BIN)/ruff format --check .

@@ -31,3 +31,13 @@ def test_every_file_that_the_documents_link_to_is_there():
     ]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_test_is_run_by_one_of_two_commands_and_both_are_in_ci():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+    selections = dict(re.findall(r"^(\w+): setup\n\t\S+ -m pytest .*-m (\S.*)$", makefile, re.MULTILINE))
+
+    assert selections == {"test": '"not chaos"', "chaos": "chaos"}
+    assert re.findall(r"^make (\w+)", ci, re.MULTILINE) == ["lint", "test", "chaos", "demo"]

@@ -14,8 +14,9 @@ from tests.tasks.fault_proxy import FaultProxy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs the cluster is of `make chaos`; arithmetic that is tested here, too, is not."""
     for item in items:
-        if item.path.parent == Path(__file__).parent:
+        if item.path.parent == Path(__file__).parent and "shared_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.chaos)
 
