@@ -15,9 +15,7 @@ Source: zai-org/SCAIL (SAT names), Wan 2.1 (Wan names), diffusers (VAE names).
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import re
 import shutil
 from collections import defaultdict
@@ -40,13 +38,9 @@ from scail.checkpoint import (
 )
 from scail.config import (
     SCAIL_14B,
-    ImageEncoderConfig,
     LoraFile,
     ModelConfig,
     Quantization,
-    TextEncoderConfig,
-    TransformerConfig,
-    VaeConfig,
 )
 from scail.errors import CheckpointError, InvalidInputError
 from scail.fingerprint import (
@@ -71,22 +65,19 @@ from scail.layouts import (
     WAN_VAE,
     Layout,
     Recipe,
-    Shapes,
     needed_by,
-    num_blocks_of,
 )
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
 from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
 from scail.rewriting import Progress, free_folder, partial_folder, write_component
+from scail.sizes import heads_beside, image_encoder_config, text_encoder_config, transformer_config, vae_config
 from scail.sources import SourceFile, source_files
 from scail.weights import WeightChanges
 
 logger = logging.getLogger(__name__)
 
-_HEAD_SIZE = 128  # the transformer's, in every size of Wan
-_IMAGE_HEAD_SIZE = 80  # ViT-H's
 _READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 _QUANTISED_KEY = re.compile(
     r"scaled_fp8|comfy_quant|\.(weight_scale|scale_weight|scale_input|input_scale|_scale|_data)$"
@@ -250,12 +241,12 @@ def _plan_model(matches: Mapping[Component, _Match], heads: Heads) -> tuple[list
         }
         config = ModelConfig(
             name="SCAIL",
-            transformer=_transformer_config(
-                shapes[TRANSFORMER], heads.transformer or _heads_beside(matches[TRANSFORMER].file.path)
+            transformer=transformer_config(
+                shapes[TRANSFORMER], heads.transformer or heads_beside(matches[TRANSFORMER].file.path)
             ),
-            vae=_vae_config(shapes[VAE]),
-            text_encoder=_text_encoder_config(shapes[TEXT_ENCODER]),
-            image_encoder=_image_encoder_config(shapes[IMAGE_ENCODER], heads.image_encoder),
+            vae=vae_config(shapes[VAE]),
+            text_encoder=text_encoder_config(shapes[TEXT_ENCODER]),
+            image_encoder=image_encoder_config(shapes[IMAGE_ENCODER], heads.image_encoder),
         )
     except KeyError as error:
         raise CheckpointError(f"a tensor is missing: {error.args[0]}.") from error
@@ -310,77 +301,6 @@ def _refuse_quantised(match: _Match, headers: Mapping[str, TensorHeader]) -> Non
 
 def _natural_order(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
-
-
-def _transformer_config(shapes: Shapes, num_heads: int | None) -> TransformerConfig:
-    hidden_size, in_channels, _, patch_size, _ = shapes["patch_embedding.weight"]
-    latent_channels = shapes["head.linear.weight"][0] // patch_size**2
-    if num_heads is None and hidden_size % _HEAD_SIZE:
-        raise CheckpointError(
-            f"the transformer's hidden size is {hidden_size}, no multiple of {_HEAD_SIZE}: say how many heads it has."
-        )
-    num_heads = num_heads or hidden_size // _HEAD_SIZE
-    if hidden_size % num_heads:
-        raise CheckpointError(f"the transformer's hidden size is {hidden_size}, no multiple of {num_heads} heads.")
-    return TransformerConfig(
-        num_layers=num_blocks_of(shapes, "blocks.N.modulation"),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        ffn_size=shapes["blocks.0.ffn.0.weight"][0],
-        text_size=shapes["text_embedding.0.weight"][1],
-        image_size=shapes["image_embedding.1.weight"][1],
-        time_freq_size=shapes["time_embedding.0.weight"][1],
-        latent_channels=latent_channels,
-        mask_channels=in_channels - latent_channels,
-        patch_size=patch_size,
-    )
-
-
-def _heads_beside(path: Path) -> int | None:
-    """`num_heads` of the `config.json` in a file's folder, as the `wan` branch writes it."""
-    try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    num_heads = config.get("num_heads") if isinstance(config, dict) else None
-    return num_heads if isinstance(num_heads, int) and num_heads > 0 else None
-
-
-def _vae_config(shapes: Shapes) -> VaeConfig:
-    return VaeConfig(base_size=shapes["encoder.conv_in.weight"][0], latent_channels=shapes["post_quant_conv.weight"][0])
-
-
-def _text_encoder_config(shapes: Shapes) -> TextEncoderConfig:
-    vocab_size, hidden_size = shapes["encoder.embed_tokens.weight"]
-    attention = "encoder.block.0.layer.0.SelfAttention"
-    num_buckets, num_heads = shapes[f"{attention}.relative_attention_bias.weight"]
-    return TextEncoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        attention_size=shapes[f"{attention}.q.weight"][0],
-        ffn_size=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        num_heads=num_heads,
-        num_layers=num_blocks_of(shapes, "encoder.block.N.layer"),
-        num_buckets=num_buckets,
-    )
-
-
-def _image_encoder_config(shapes: Shapes, num_heads: int | None) -> ImageEncoderConfig:
-    hidden_size, _, patch_size, _ = shapes["embeddings.patch_embedding.weight"]
-    num_patches = shapes["embeddings.position_embedding.weight"][0] - 1
-    if num_heads is None and hidden_size % _IMAGE_HEAD_SIZE:
-        raise CheckpointError(
-            f"the image encoder's hidden size is {hidden_size}, no multiple of {_IMAGE_HEAD_SIZE}: say how many heads "
-            "it has."
-        )
-    return ImageEncoderConfig(
-        image_size=patch_size * math.isqrt(num_patches),
-        patch_size=patch_size,
-        hidden_size=hidden_size,
-        ffn_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        num_heads=num_heads or hidden_size // _IMAGE_HEAD_SIZE,
-        num_layers=num_blocks_of(shapes, "encoder.layers.N") + 1,  # the last is not run and was left out
-    )
 
 
 def _changes(

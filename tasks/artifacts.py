@@ -34,10 +34,10 @@ from tasks.courier import Courier
 from tasks.figures import duration, gpu_seconds, time_name
 from tasks.forecast import Forecast
 from tasks.jobs import ClipQuality, ClipResult, ClipStatus
-from tasks.notify import Event, RunState, RunStatus
 from tasks.plan import Plan, Rows, plan_line
 from tasks.report import REPORT
 from tasks.results import NOT_DONE, Summary, counts_line
+from tasks.run_status import Event, RunState, RunStatus
 from tasks.storage import StorageError
 
 logger = logging.getLogger(__name__)

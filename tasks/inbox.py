@@ -31,9 +31,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks import storage
 from tasks.attempts import LOOKS_PER_CLAIM, worker_name
-from tasks.manifest import ManifestError, RowProblem, parse_manifest
+from tasks.manifest import parse_manifest
 from tasks.settings import Settings
 from tasks.storage import StorageError, StoragePolicy
+from tasks.tables import ManifestError, RowProblem
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Manifests: read, validate, explain.
 
 A manifest is CSV with a header, or JSONL with the same names; one record is one clip. All that is wrong with it is
-found here, before anything slow runs, and all of it at once. tasks/tables.py makes records of the bytes; what their
-columns mean is decided here.
+found here, before anything slow runs, and all of it at once. tasks/tables.py makes records of the bytes, and
+tasks/references.py URIs of what they name; what their columns mean is decided here.
 
 ManifestError   the file as a whole cannot be used
 RowProblem      one record, or one column's name, is wrong; the other records are still read
@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,12 +23,10 @@ from pydantic import ValidationError
 from scail.errors import InvalidInputError
 from tasks import storage
 from tasks.jobs import ClipRequest
+from tasks.references import resolve_reference
 from tasks.tables import (
     CONTROL_CHARACTER,
-    MAX_BYTES,
     MAX_CELL_CHARS,
-    MAX_COLUMNS,
-    MAX_ROWS,
     Finding,
     ManifestError,
     Record,
@@ -41,32 +38,11 @@ from tasks.tables import (
     shortened,
 )
 
-__all__ = [
-    "MAX_BYTES",
-    "MAX_CELL_CHARS",
-    "MAX_COLUMNS",
-    "MAX_ROWS",
-    "REMOTE_SCHEMES",
-    "RESERVED_COLUMNS",
-    "UNSUPPORTED_COLUMNS",
-    "URI_COLUMNS",
-    "Manifest",
-    "ManifestError",
-    "RowProblem",
-    "known_columns",
-    "parse_manifest",
-    "read_manifest",
-    "resolve_reference",
-    "shortened",
-]
-
 _FREE_TEXT = ("prompt", "negative_prompt")  # the spaces around it are the author's
 URI_COLUMNS = ("reference", "pose", "driving")  # relative ones resolve against the manifest's folder
 RESERVED_COLUMNS = ("ref_mask", "pose_mask", "mode")
 LORA_COLUMNS = ("lora", "lora_scale")
 UNSUPPORTED_COLUMNS = (*LORA_COLUMNS, "audio")
-REMOTE_SCHEMES = ("gs", "s3", "https", "memory")
-_ALLOWED = ", ".join(f"{scheme}://" for scheme in REMOTE_SCHEMES)
 
 # Names from other tools that no edit distance leads to ours; only asked where ours is absent.
 _OTHER_NAMES = {
@@ -92,7 +68,6 @@ _LIMITS = {
     "exclusiveMaximum": "below",
     "multipleOf": "a multiple of",
 }
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 @dataclass(frozen=True)
@@ -155,65 +130,6 @@ def parse_manifest(data: bytes, uri: str) -> Manifest:
         problems=(*header_problems, *problems),
         header_problems=header_problems,
     )
-
-
-def resolve_reference(manifest_uri: str, cell: str) -> str:
-    """The URI that a cell of the manifest at `manifest_uri` names.
-
-    A manifest that lies in a bucket may have been written by anybody who can write there: it may not name files of
-    the machine that renders, nor climb out of its own bucket.
-
-    Raises:
-        InvalidInputError: If the cell names something that it may not; the message is the end of a sentence.
-    """
-    if CONTROL_CHARACTER.search(cell) or "\n" in cell or "\r" in cell or "\\" in cell or "::" in cell:
-        raise InvalidInputError("expected a path or URI without '\\', '::', line breaks and control characters")
-    scheme = _scheme(cell)
-    if scheme and not cell[len(scheme) :].startswith("://"):
-        raise InvalidInputError(f"expected two slashes: {scheme}://…")
-    if scheme in REMOTE_SCHEMES:
-        return _checked_remote(scheme, cell)
-    if scheme == "http":
-        raise InvalidInputError("http:// is not encrypted and is refused: use https://")
-    if scheme not in {None, "file"}:
-        raise InvalidInputError(f"expected {_ALLOWED} or a path")
-    if _scheme(manifest_uri) in {None, "file"}:
-        return storage.resolve(storage.parent(manifest_uri), cell)
-    if scheme == "file" or cell.startswith("/"):
-        raise InvalidInputError(
-            "a manifest that does not lie on this machine may not name local files; "
-            f"expected {_ALLOWED} or a path relative to the manifest"
-        )
-    return _resolved_in_bucket(manifest_uri, cell)
-
-
-def _scheme(uri: str) -> str | None:
-    match = _SCHEME.match(uri)
-    return match[1].lower() if match else None
-
-
-def _checked_remote(scheme: str, cell: str) -> str:
-    rest = cell[len(scheme) :]
-    bucket, _, path = rest.removeprefix("://").partition("/")
-    if not path or (not bucket and scheme != "memory"):
-        raise InvalidInputError(f"expected {scheme}://{'host' if scheme == 'https' else 'bucket'}/path/of/the/file")
-    if ".." in path.partition("?")[0].split("/"):
-        raise InvalidInputError("expected a URI without '..'")
-    if "@" in bucket:
-        raise InvalidInputError("a manifest may not hold a user name or password: it is copied into the results")
-    return f"{scheme}{rest}"
-
-
-def _resolved_in_bucket(manifest_uri: str, cell: str) -> str:
-    bucket = "/".join(manifest_uri.split("/", 3)[:3]) + "/"
-    message = f"leads out of {bucket}, where the manifest lies"
-    try:
-        resolved = storage.resolve(storage.parent(manifest_uri), cell)
-    except storage.StorageError as error:
-        raise InvalidInputError(message) from error
-    if not resolved.startswith(bucket):  # `a:b` is a URI of its own where an https link is resolved
-        raise InvalidInputError(message)
-    return resolved
 
 
 def _check_distinct(names: Sequence[str]) -> None:

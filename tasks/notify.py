@@ -1,7 +1,8 @@
 """What happens in a run, told to whoever watches from outside.
 
     StatusFile   always: OUTPUT/status.json and OUTPUT/runs/<run id>/status.json, replaced at each change
-    Webhook      if SCAIL_WEBHOOK_URL is set: one CloudEvent for the run's start, for each clip and for its end
+    Webhook      if SCAIL_WEBHOOK_URL is set: one CloudEvent for the run's start, for each clip and for its end; it has
+                 a module of its own, and so have the data that both tell (run_status.py)
 
 The flow adds the progress in Prefect's UI (tasks/artifacts.py).
 
@@ -11,23 +12,14 @@ and dropped. `status.json` is the state, an event only the news of it: who misse
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
 import logging
-import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
-from urllib.parse import quote
-
-from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from tasks import storage
 from tasks.courier import Courier
@@ -35,90 +27,16 @@ from tasks.jobs import ClipResult, ClipStatus
 from tasks.plan import Plan
 from tasks.report import REPORT
 from tasks.results import Summary
+from tasks.run_status import MAX_MESSAGE_CHARS, STATUS, Event, EventType, RunState, RunStatus, clip_note
 from tasks.settings import Settings
 from tasks.storage import DEFAULT_POLICY, StorageError, StoragePolicy
+from tasks.webhook import Webhook
 
 logger = logging.getLogger(__name__)
 
-STATUS = "status.json"
-SIGNATURE_HEADER, TIMESTAMP_HEADER = "X-Scail-Signature", "X-Scail-Timestamp"
 MIN_SECONDS_BETWEEN_WRITES = 1.0  # an object of Google's takes one write a second
 HEARTBEAT_SECONDS = 30.0  # a `running` that is much older than this is of a run that was killed
 FLUSH_SECONDS = 15.0
-MAX_MESSAGE_CHARS = 1000
-
-_MAX_WAITING_EVENTS = 1000
-_MAX_TRIES = 5
-_TIMEOUTS_SECONDS = (5.0, 10.0)  # to connect; until the answer begins
-_FIRST_PAUSE_SECONDS = 1.0
-_MAX_PAUSE_SECONDS = 30.0
-
-_Frozen = ConfigDict(frozen=True, extra="forbid")
-
-
-class RunState(StrEnum):
-    RUNNING = "running"
-    COMPLETED = "completed"  # every row has its clip
-    FAILED = "failed"  # the results are written, and some rows have no clip
-    STOPPED = "stopped"  # by an error or a signal, before the results were written
-
-
-class ClipNote(BaseModel):
-    """What became of one row, in brief."""
-
-    model_config = _Frozen
-
-    row: int
-    clip_id: str
-    status: ClipStatus
-    video: str | None
-    seconds: float | None
-    error_class: str | None
-    message: str | None
-
-
-class RunStatus(BaseModel):
-    """A run as an outside watcher sees it: status.json."""
-
-    model_config = _Frozen
-
-    run_id: str
-    state: RunState
-    manifest: str
-    output: str
-    started_at: AwareDatetime
-    updated_at: AwareDatetime  # renewed while the run is alive, also when nothing changes
-    num_rows: int
-    num_settled: int  # rows whose result is known
-    counts: dict[ClipStatus, int]  # every status, also those that did not occur
-    eta_seconds: float | None  # None before the first clip
-    last_clip: ClipNote | None
-    report: str | None  # once it is written
-    message: str | None = None  # why it was stopped
-
-
-class EventType(StrEnum):
-    RUN_STARTED = "run.started"
-    CLIP_FINISHED = "clip.finished"
-    RUN_FINISHED = "run.finished"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened, and the run's state just after it.
-
-    Attributes:
-        id: The same however often it is delivered.
-        subject: A clip's id, or the run's.
-        data: More than the status says: the clip, or the run's summary.
-    """
-
-    id: str
-    type: EventType
-    time: datetime
-    subject: str
-    status: RunStatus
-    data: dict[str, Any]
 
 
 class Notifier(Protocol):
@@ -299,114 +217,6 @@ class StatusFile:
                 failures.append(str(error))
         if failures:
             raise StorageError("; ".join(failures))
-
-
-class Webhook:
-    """Posts events as CloudEvents 1.0 in JSON, in their order; an answer of 2xx takes one.
-
-    With a secret, `X-Scail-Signature` is `sha256=` and the hex HMAC-SHA256, under the secret, of the time stamp in
-    `X-Scail-Timestamp`, a full stop and the body. A receiver should refuse old time stamps and ids that it has seen:
-    a repeated event has a new time stamp and the same id.
-
-    Where there is no connection, and after 408, 429 and 5xx, an event is repeated a few times; after any other answer,
-    a redirect included, it is dropped. When a thousand wait, the oldest are dropped.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        secret: str | None,
-        *,
-        timeouts_seconds: tuple[float, float] = _TIMEOUTS_SECONDS,
-        first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
-        max_waiting: int = _MAX_WAITING_EVENTS,
-    ) -> None:
-        self._url = url
-        self._secret = secret
-        self._timeouts_seconds = timeouts_seconds
-        self._first_pause_seconds = first_pause_seconds
-        self._courier = Courier[Event]("webhook", self._deliver, max_waiting=max_waiting)
-
-    def notify(self, event: Event) -> None:
-        self._courier.send(event)
-
-    def close(self, timeout_seconds: float) -> None:
-        self._courier.close(timeout_seconds)
-        if self._courier.num_dropped:
-            logger.warning("webhook: %d events were dropped, too many waited", self._courier.num_dropped)
-
-    def _deliver(self, event: Event) -> None:
-        body = json.dumps(cloud_event(event)).encode()
-        for attempt in range(1, _MAX_TRIES + 1):
-            problem, retry_after = self._post(body)
-            if problem is None:
-                return
-            if retry_after is None or attempt == _MAX_TRIES:
-                break
-            backoff = self._first_pause_seconds * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
-            if self._courier.is_given_up_after(min(max(backoff, retry_after), _MAX_PAUSE_SECONDS)):
-                break
-        raise ConnectionError(f"{event.type} {event.subject} was not delivered after {attempt} tries: {problem}")
-
-    def _post(self, body: bytes) -> tuple[str | None, float | None]:
-        """What went wrong, if anything, and the seconds after which to try again; None: never."""
-        import requests
-
-        headers = {"Content-Type": "application/cloudevents+json; charset=utf-8", "User-Agent": "scail-batch-renders"}
-        if self._secret is not None:
-            timestamp = str(int(time.time()))
-            headers |= {TIMESTAMP_HEADER: timestamp, SIGNATURE_HEADER: signature(self._secret, timestamp, body)}
-        try:
-            answer = requests.post(
-                self._url,
-                data=body,
-                headers=headers,
-                timeout=self._timeouts_seconds,
-                allow_redirects=False,
-                stream=True,  # the answer's body is of no use, however long it is
-            )
-        except requests.RequestException as error:
-            return f"{storage.redact(self._url)}: {type(error).__name__}", 0.0  # its text would show the whole URL
-        with answer:
-            if 200 <= answer.status_code < 300:
-                return None, None
-            may_recover = answer.status_code in {408, 429} or answer.status_code >= 500
-            wait = answer.headers.get("Retry-After", "")
-            problem = f"{storage.redact(self._url)} answered {answer.status_code}"
-            return problem, (float(wait) if wait.isdecimal() else 0.0) if may_recover else None
-
-
-def cloud_event(event: Event) -> dict[str, Any]:
-    """An event in the structured form of CloudEvents 1.0."""
-    run_uri = storage.join(event.status.output, "runs", event.status.run_id)
-    return {
-        "specversion": "1.0",
-        "id": event.id,
-        "source": quote(run_uri, safe=":/%"),
-        "type": f"scail.{event.type}",
-        "time": event.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "subject": event.subject,
-        "datacontenttype": "application/json",
-        "data": {"status": event.status.model_dump(mode="json"), **event.data},
-    }
-
-
-def signature(secret: str, timestamp: str, body: bytes) -> str:
-    """The signature header's value; a receiver computes it too and compares with `hmac.compare_digest`."""
-    return "sha256=" + hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
-
-
-def clip_note(result: ClipResult) -> ClipNote:
-    rendered = result.metrics if result.status is ClipStatus.RENDERED else None
-    return ClipNote(
-        row=result.row,
-        clip_id=result.clip_id,
-        status=result.status,
-        video=result.video,
-        seconds=rendered and round(rendered.total_seconds, 3),
-        error_class=result.error_class,
-        message=result.message and result.message[:MAX_MESSAGE_CHARS],
-    )
 
 
 def _without_raising(action: Callable[[], None]) -> None:

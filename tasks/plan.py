@@ -20,10 +20,11 @@ from tasks.checkpoint import CheckpointInfo
 from tasks.errors import RefusedError
 from tasks.forecast import Forecast, forecast_clips, read_history, timings_of
 from tasks.jobs import ClipJob, ClipMetrics, ClipRequest, ClipResult, ClipStatus, DoneRecord, content_key
-from tasks.manifest import ManifestError, parse_manifest, read_manifest
+from tasks.manifest import parse_manifest, read_manifest
 from tasks.results import invalid_results
 from tasks.settings import Settings
 from tasks.storage import StorageError, StoragePolicy
+from tasks.tables import ManifestError
 
 logger = logging.getLogger(__name__)
 

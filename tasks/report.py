@@ -24,7 +24,7 @@ from scail.quality import Limit
 from tasks import storage
 from tasks.figures import duration, time_name
 from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
-from tasks.manifest import resolve_reference
+from tasks.references import resolve_reference
 from tasks.results import Summary
 
 REPORT = "report.html"

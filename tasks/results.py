@@ -34,8 +34,10 @@ from tasks import storage
 from tasks.figures import cost_of, gpu_seconds, percentile
 from tasks.forecast import TIMINGS, timings_of
 from tasks.jobs import ClipMetrics, ClipResult, ClipStatus
-from tasks.manifest import URI_COLUMNS, RowProblem, resolve_reference
+from tasks.manifest import URI_COLUMNS
 from tasks.packed import PackedResults
+from tasks.references import resolve_reference
+from tasks.tables import RowProblem
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,13 @@ from tasks.errors import (
     policy_for,
 )
 from tasks.jobs import ClipJob, ClipRequest, ClipResult
-from tasks.manifest import ManifestError, known_columns, parse_manifest
+from tasks.manifest import known_columns, parse_manifest
 from tasks.plan import plan_with
 from tasks.render import render_clip
 from tasks.resident import load_pipeline, pipeline_spec
 from tasks.settings import Settings
 from tasks.storage import StorageError
+from tasks.tables import ManifestError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "gcsfs"}
 REMOTE_BYTES = {"fsspec", "gcsfs", "s3fs"}
 ORCHESTRATION = {"prefect", "prefect_dask", "dask", "distributed"}
-STORAGE_MODULES = frozenset({"storage.py", "object_store.py", "local_files.py", "https_input.py"})
+STORAGE_MODULES = frozenset(
+    {"storage.py", "object_store.py", "google_store.py", "amazon_store.py", "local_files.py", "https_input.py"}
+)
 
 
 def sources(package: str) -> list[Path]:

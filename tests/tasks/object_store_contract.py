@@ -339,7 +339,7 @@ class ObjectStoreContract:
     def test_one_client_serves_all_threads(self):
         def publish(number):
             storage.publish_bytes(f"{self.base}/{number}", b"%d" % number)
-            return object_store.object_store(self.scheme, storage.DEFAULT_POLICY)._fs
+            return storage._store(self.base, storage.DEFAULT_POLICY)._fs
 
         with ThreadPoolExecutor(8) as executor:
             clients = {id(client) for client in executor.map(publish, range(40))}

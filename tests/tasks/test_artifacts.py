@@ -13,8 +13,8 @@ from tasks import storage
 from tasks.artifacts import POSTER_WIDTH, artifact_key, as_text, progress_text, summary_markdown
 from tasks.forecast import Forecast
 from tasks.jobs import ClipResult, ClipStatus
-from tasks.notify import ClipNote, RunState, RunStatus
 from tasks.results import RunInfo, Summary, summarise
+from tasks.run_status import ClipNote, RunState, RunStatus
 
 NOW = datetime(2026, 11, 25, 13, 50, tzinfo=UTC)
 FORECAST = Forecast(3, "NVIDIA H200", 7200.0, None, None, "learned from 9 earlier clips")

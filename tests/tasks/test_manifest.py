@@ -6,15 +6,9 @@ import time
 import pytest
 
 from tasks import storage
-from tasks.manifest import (
-    MAX_CELL_CHARS,
-    MAX_ROWS,
-    ManifestError,
-    known_columns,
-    parse_manifest,
-    read_manifest,
-    resolve_reference,
-)
+from tasks.manifest import known_columns, parse_manifest, read_manifest
+from tasks.references import resolve_reference
+from tasks.tables import MAX_CELL_CHARS, MAX_ROWS, ManifestError
 
 URI = "gs://studio/batch/manifest.csv"
 

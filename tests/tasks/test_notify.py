@@ -14,10 +14,12 @@ from pydantic import ValidationError
 
 from tasks import notify, storage
 from tasks.jobs import ClipJob, ClipRequest, ClipResult, ClipStatus
-from tasks.notify import Notifications, RunState, RunStatus, StatusFile, Webhook, open_notifications, signature
+from tasks.notify import Notifications, StatusFile, open_notifications
 from tasks.plan import Plan
 from tasks.results import summarise
+from tasks.run_status import RunState, RunStatus
 from tasks.settings import Settings
+from tasks.webhook import Webhook, signature
 from tests.tasks.test_results import failed, rendered, run_of
 
 SECRET = "correct horse"
