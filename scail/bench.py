@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scail.bench_peers import matmul_flop_per_second, median_seconds
 from scail.checkpoint import on_meta
-from scail.config import EXACT, ModelConfig, RuntimeConfig, SamplingParams, TransformerConfig
+from scail.config import EXACT, ModelConfig, Quantization, RuntimeConfig, SamplingParams, TransformerConfig
 from scail.memory import Placement
 from scail.mini.motion import joints_of_motion
 from scail.models.image_encoder import ImageEncoder
@@ -107,9 +107,7 @@ def random_pipeline(
     config: ModelConfig, *, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig = EXACT
 ) -> ScailPipeline:
     """A pipeline of the given sizes whose weights are drawn on the device; deterministic for each kind of device."""
-    transformer = _randomised(lambda: ScailTransformer(config.transformer), device, dtype)
-    if runtime.quantization != "none":
-        quantize_blocks(transformer, runtime.quantization)
+    transformer = random_transformer(config, device, dtype, runtime.quantization)
     vae = _randomised(lambda: VideoVae.from_config(config.vae), device, dtype)
     text_encoder = _randomised(lambda: TextEncoder.from_config(config.text_encoder), device, dtype)
     image_encoder = _randomised(lambda: ImageEncoder.from_config(config.image_encoder), device, dtype)
@@ -134,6 +132,16 @@ def random_pipeline(
         device=device,
         dtype=dtype,
     )
+
+
+def random_transformer(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization = "none"
+) -> ScailTransformer:
+    """The network of `random_pipeline`, everything on the device."""
+    transformer: ScailTransformer = _randomised(lambda: ScailTransformer(config.transformer), device, dtype)
+    if quantization != "none":
+        quantize_blocks(transformer, quantization)
+    return transformer
 
 
 def random_vae(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> VideoVae:

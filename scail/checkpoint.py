@@ -330,7 +330,7 @@ def write_random_checkpoint(checkpoint_dir: Path, config: ModelConfig, *, seed: 
         (IMAGE_ENCODER, on_meta(lambda: ImageEncoder.from_config(config.image_encoder)), torch.bfloat16),
     ]
     write_model_config(checkpoint_dir, config, notice="The weights are random: the pictures are noise.")
-    _write_byte_tokenizer(checkpoint_dir / TOKENIZER, config.text_encoder.vocab_size)
+    write_byte_tokenizer(checkpoint_dir / TOKENIZER, config.text_encoder.vocab_size)
     generator = torch.Generator().manual_seed(seed)
     for component, network, dtype in networks:
         state = {
@@ -353,7 +353,7 @@ def _random_tensor(key: str, shape: tuple[int, ...], generator: torch.Generator)
     return noise * (shape[0] / noise.numel()) ** 0.5
 
 
-def _write_byte_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_byte_tokenizer(folder: Path, vocab_size: int) -> None:
     """A tokenizer of one token a byte, with umt5's special tokens."""
     symbols = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     if len(symbols) > vocab_size:

@@ -17,7 +17,7 @@ MemoryPolicy = Literal["auto", "resident", "balanced", "low"]
 POLICIES: tuple[PlacementPolicy, ...] = ("resident", "balanced", "low")  # each needs less of the device than the last
 
 # Part of every clip's content key. Raise it when a change to the code changes pixels at equal inputs.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 
 DEFAULT_SIZE = (512, 896)  # short and long side in pixels; the reference's orientation decides which is the height
 SIZE_MULTIPLE = 32  # VAE stride 8, pose at half size, patches of 2: other sizes fail in the official network
@@ -196,7 +196,8 @@ class RuntimeConfig:
     """How a model is run on its device. The defaults change no number beyond the rounding of the dtype.
 
     Attributes:
-        attention: A backend of `scail.models.attention`; absent: the fastest exact one that passes its check.
+        attention: A backend of `scail.models.attention`, or `float8` for the fastest in that precision; absent, and
+            where that one does not fit the device or fails its check there: the fastest exact one that passes.
         quantization: `fp8` computes the blocks' matrix products in float8 (Hopper, Ada), `int8` in whole numbers
             (Ampere too). A checkpoint that is quantised already stays as it is.
         compiled: Fuse what lies between the matrix products; the first clip of a process waits for the compiler.

@@ -258,7 +258,7 @@ def prepare_transformer(
     transformer: ScailTransformer, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig
 ) -> str:
     """Give the fastest attention, compile: as `runtime` says. Returns the attention's name."""
-    attention = runtime.attention or choose_attention(device, dtype)
+    attention = choose_attention(device, dtype, runtime.attention)
     transformer.use_attention(attention)
     if runtime.compiled:
         transformer.compile_blocks()

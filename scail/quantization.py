@@ -18,17 +18,18 @@ stated anywhere.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scail.config import Quantization
-from scail.kernels import gelu_quantize_rows, quantize_rows
+from scail.kernels import add_norm_quantize, gelu_quantize_rows, norm_quantize, quantize_rows
+from scail.kernels.reference import gated_sum, quantize_rows_int8, scaled_norm
 from scail.kernels.reference import quantize_rows as quantize_rows_plain
-from scail.kernels.reference import quantize_rows_int8
-from scail.models.transformer import ScailTransformer
+from scail.models.rope import RotaryTable
+from scail.models.transformer import KeyValue, ScailTransformer, TransformerBlock
 
 QUANTIZED_LAYERS = ("self_attn.qkv", "self_attn.out", "cross_attn.q", "cross_attn.out", "ffn.0", "ffn.2")
 SMALL_AT_REST_LAYERS = ("cross_attn.text_kv", "cross_attn.image_kv")  # multiplied in full
@@ -38,6 +39,13 @@ _MIN_FP8 = (8, 9)  # compute capability of Ada
 _MIN_INT8 = (8, 0)  # of Ampere
 _MIN_INT8_ROWS = 17  # of torch._int_mm on a GPU
 _INT8_ROWS_AT_ONCE = 8192  # its sums take 4 bytes each: of a whole clip, 2.7 GB in the MLP
+
+
+class QuantizedRows(NamedTuple):
+    """Tokens that a norm has quantised already: one byte a number (B, L, D), and float32 (B, L, 1)."""
+
+    values: Tensor
+    scales: Tensor
 
 
 class QuantizedLinear(nn.Module):
@@ -74,8 +82,12 @@ class SmallAtRestLinear(QuantizedLinear):
 class DynamicLinear(QuantizedLinear):
     """Its input is quantised too, row by row; the product is computed in numbers of one byte."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of_quantized(*self.quantize(x.flatten(0, -2))).view(*x.shape[:-1], -1)
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        if isinstance(x, QuantizedRows):
+            rows, shape = QuantizedRows(*(part.flatten(0, -2) for part in x)), x.values.shape
+        else:
+            rows, shape = QuantizedRows(*self.quantize(x.flatten(0, -2))), x.shape
+        return self.of_quantized(*rows).view(*shape[:-1], -1)
 
     def of_gelu(self, x: Tensor) -> Tensor:
         """The layer of GELU (tanh form) of `x`; one pass over it less."""
@@ -140,8 +152,54 @@ class Int8Linear(DynamicLinear):
 class QuantizedFeedForward(nn.Sequential):
     """Linear, GELU, linear; GELU and the second layer's quantisation are one pass over the hidden tokens."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         return cast(DynamicLinear, self[2]).of_gelu(self[0](x))
+
+
+class QuantizedBlock(TransformerBlock):
+    """A block whose norms hand on rows of one byte a number: residual, norm and quantisation are one pass."""
+
+    def __init__(self, block: TransformerBlock, quantization: Quantization) -> None:
+        """Take a block's weights over, the linear layers quantised."""
+        nn.Module.__init__(self)
+        self.eps, self.modulation, self.quantization = block.eps, block.modulation, quantization
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        for name in (*QUANTIZED_LAYERS, *SMALL_AT_REST_LAYERS):
+            parent, _, leaf = name.rpartition(".")
+            module = self.get_submodule(parent)
+            linear = module.get_submodule(leaf)
+            assert isinstance(linear, nn.Linear)
+            layer = LAYER_CLASSES[quantization] if name in QUANTIZED_LAYERS else SmallAtRestLinear
+            module.register_module(leaf, layer(*quantize_weight(linear.weight, quantization), linear.bias.detach()))
+        self.ffn = QuantizedFeedForward(*self.ffn.children())
+
+    def attend(self, tokens: Tensor, modulation: Tensor, rotary: RotaryTable, span: slice | None = None) -> Tensor:
+        shift, scale, *_ = self._rows(modulation)
+        return self.self_attn(self._norm(tokens, 1 + scale.float(), shift.float()), rotary, span)
+
+    def finish(self, tokens: Tensor, update: Tensor, modulation: Tensor, text: KeyValue, image: KeyValue) -> Tensor:
+        _, _, attn_gate, ffn_shift, ffn_scale, ffn_gate = self._rows(modulation)
+        norm = self.cross_attn_norm
+        tokens, rows = self._add_norm(tokens, update, attn_gate, norm.weight[None, None], norm.bias[None, None])
+        update = self.cross_attn(rows, text, image)
+        tokens, rows = self._add_norm(tokens, update, None, 1 + ffn_scale.float(), ffn_shift.float())
+        return tokens + ffn_gate * self.ffn(rows)
+
+    def _norm(self, tokens: Tensor, factor: Tensor, offset: Tensor) -> QuantizedRows:
+        if self.quantization == "fp8":
+            return QuantizedRows(*norm_quantize(tokens, factor, offset, self.eps))
+        return QuantizedRows(*quantize_rows_int8(scaled_norm(tokens, factor, offset, self.eps)))
+
+    def _add_norm(
+        self, tokens: Tensor, update: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor
+    ) -> tuple[Tensor, QuantizedRows]:
+        """The tokens with the gated update, and their norm."""
+        if self.quantization == "fp8":
+            tokens, *rows = add_norm_quantize(tokens, update, gate, factor, offset, self.eps)
+            return tokens, QuantizedRows(*rows)
+        tokens = gated_sum(tokens, update, gate)
+        return tokens, self._norm(tokens, factor, offset)
 
 
 LAYER_CLASSES: dict[str, type[DynamicLinear]] = {"fp8": Float8Linear, "int8": Int8Linear}
@@ -156,17 +214,9 @@ def quantize_weight(weight: Tensor, quantization: Quantization) -> tuple[Tensor,
 
 
 def quantize_blocks(transformer: ScailTransformer, quantization: Quantization = "fp8") -> None:
-    """Replace the linear layers of a transformer's blocks by quantised ones, one after the other."""
-    for block in transformer.transformer_blocks():
-        for name in (*QUANTIZED_LAYERS, *SMALL_AT_REST_LAYERS):
-            parent, _, child = name.rpartition(".")
-            module = block.get_submodule(parent)
-            linear = module.get_submodule(child)
-            assert isinstance(linear, nn.Linear)
-            layer = LAYER_CLASSES[quantization] if name in QUANTIZED_LAYERS else SmallAtRestLinear
-            quantized = layer(*quantize_weight(linear.weight, quantization), linear.bias.detach())
-            module.register_module(child, quantized)
-        block.ffn = QuantizedFeedForward(*block.ffn.children())
+    """Replace a transformer's blocks by quantised ones, one after the other."""
+    for index, block in enumerate(transformer.transformer_blocks()):
+        transformer.blocks[index] = QuantizedBlock(block, quantization)
 
 
 def is_quantized_weight(key: str) -> bool:

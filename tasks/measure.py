@@ -10,25 +10,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from scail.config import Quantization
+from scail.config import PROFILES, Quantization
 from tasks.errors import RefusedError
 from tasks.resident import choose_device
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
+    from scail import ScailPipeline
     from scail.bench_goals import Row, Workload
     from scail.config import RuntimeConfig
 
 # What each of them measures is in `PARTS_HELP`; those that build the whole model stand together.
-PARTS = ("clip", "forward", "float8", "clips", "memory", "vae", "pose")
+PARTS = ("clip", "forward", "float8", "int8", "clips", "workers", "memory", "load", "errors", "vae", "pose")
 DEFAULT_PARTS = ("clip", "forward", "vae", "pose")
 PARTS_HELP = (
-    "Parts, with commas: `clip` (each stage of one clip), `forward` and `float8` (one forward beside diffusers and the "
-    "ceilings, whole clips by it, kernels), `clips` (a warm worker's clips, the GPU's busy share), `memory` (what each "
-    "policy holds and costs), `vae`, `pose`."
+    "Parts, with commas: `clip` (each stage of one clip), `forward`, `float8` and `int8` (one forward beside diffusers "
+    "and the ceilings, whole clips by it, kernels), `clips` (a warm worker's clips, the GPU's busy share), `workers` "
+    "(one for each GPU, against one), `memory` (what each policy holds and costs), `load` (from a disk to the first "
+    "step), `errors` (of each fast path against the exact one), `vae`, `pose`."
 )
 MEMORY_QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "none")
-FLOAT8_ATTENTION = "flash_attention_3_float8"
+QUALITY_MINUTES = {"none": 8.0, "fp8": 5.7}
 
 
 def measure(
@@ -47,7 +49,9 @@ def measure(
         RefusedError: If there is no such model or part.
     """
     from scail.bench import device_name
+    from scail.bench_errors import error_rows
     from scail.bench_goals import Workload, pose_rows, rows_table, vae_rows, without_goals
+    from scail.bench_load import load_rows
     from scail.bench_memory import memory_rows
     from scail.config import SCAIL_14B, SCAIL_TINY
 
@@ -68,81 +72,135 @@ def measure(
         _release()
     if "pose" in only:
         rows += pose_rows(work)
-    if {"clip", "forward", "clips"} & {*only}:
-        rows += _exact(work, only, document, lines, num_steps=num_steps, num_clips=num_clips)
+    if {"clip", "forward"} & {*only}:
+        rows += _exact(work, only, document, lines, num_steps=num_steps)
         _release()
-    if "float8" in only:
-        rows += _float8(work, document, num_steps=num_steps)
+    if {"float8", "clips"} & {*only}:
+        rows += _float8(work, only, document, num_steps=num_steps, num_clips=num_clips)
         _release()
+    if "int8" in only:
+        rows += _quantized(work, _model(work, _runtime(work, "int8")), document, num_steps=num_steps)
+        _release()
+    if "workers" in only:
+        rows += _workers(work, num_clips)
     if "memory" in only:
         for quantization in MEMORY_QUANTIZATIONS:
             rows += memory_rows(work, quantization)
             _release()
+    if "load" in only:
+        with TemporaryDirectory() as name:
+            rows += load_rows(work, Path(name))
+        _release()
+    if "errors" in only:
+        rows += error_rows(work)
+        _release()
     rows = rows if work.has_goals else without_goals(rows)
     document["rows"] = [asdict(row) | {"is_met": row.is_met} for row in rows]
     return "\n\n".join([*lines, rows_table(rows)]), json.dumps(document, indent=2) + "\n"
 
 
 def _exact(
-    work: Workload, only: tuple[str, ...], document: dict[str, Any], lines: list[str], *, num_steps: int, num_clips: int
+    work: Workload, only: tuple[str, ...], document: dict[str, Any], lines: list[str], *, num_steps: int
 ) -> list[Row]:
     """What is measured with the exact path's model on the device."""
-    from scail.bench import bench_clip, random_pipeline, table
-    from scail.bench_goals import clip_rows, forward_rows
-    from scail.config import RuntimeConfig
+    from scail.bench import bench_clip, table
+    from scail.bench_goals import clip_rows, compile_rows, forward_rows
 
-    rows: list[Row] = []
-    runtime = RuntimeConfig(compiled=work.compiled)
-    pipeline = random_pipeline(work.config, device=work.device, dtype=work.dtype, runtime=runtime)
-    if {"clip", "forward"} & {*only}:
-        document["clip"] = bench_clip(**_clip_of(work, runtime), num_steps=num_steps, pipeline=pipeline)
-        lines.append(table(document["clip"]))
-    if "forward" in only:
-        forward = forward_rows(work, pipeline)
-        rows += [*forward, *clip_rows("exact", document["clip"], forward[0].reached, minutes=8.0)]
-        document["kernels"] = {"forward, exact": _kernels(work, pipeline)}
-    if "clips" in only:
-        rows += _warm_worker(work, pipeline, num_clips)
-    return rows
+    runtime = _runtime(work, "none")
+    pipeline = _model(work, runtime)
+    document["clip"] = bench_clip(**_clip_of(work, runtime), num_steps=num_steps, pipeline=pipeline)
+    lines.append(table(document["clip"]))
+    if "forward" not in only:
+        return []
+    forward = forward_rows(work, pipeline)
+    document.setdefault("kernels", {})["forward, exact"] = _kernels(work, pipeline)
+    minutes = QUALITY_MINUTES["none"]
+    return [
+        *forward,
+        *clip_rows("exact", document["clip"], forward[0].reached, minutes=minutes),
+        *compile_rows(work, "exact", document["clip"]),
+    ]
 
 
-def _float8(work: Workload, document: dict[str, Any], *, num_steps: int) -> list[Row]:
-    """The same with matrix products, and where the device has it self-attention, in float8."""
-    from scail.bench import bench_clip, random_pipeline
-    from scail.bench_goals import clip_rows, quantized_rows
-    from scail.config import RuntimeConfig
-    from scail.models.attention import fits
+def _float8(
+    work: Workload, only: tuple[str, ...], document: dict[str, Any], *, num_steps: int, num_clips: int
+) -> list[Row]:
+    """The same with matrix products, and where the device has it self-attention, in float8; then a worker's clips."""
+    pipeline = _model(work, _runtime(work, "fp8"))
+    rows = _quantized(work, pipeline, document, num_steps=num_steps) if "float8" in only else []
+    return [*rows, *(_warm_worker(work, pipeline, num_clips) if "clips" in only else [])]
 
-    attention = FLOAT8_ATTENTION if fits(FLOAT8_ATTENTION, work.device, work.dtype) else None
-    runtime = RuntimeConfig(compiled=work.compiled, quantization="fp8", attention=attention)
-    pipeline = random_pipeline(work.config, device=work.device, dtype=work.dtype, runtime=runtime)
+
+def _quantized(work: Workload, pipeline: ScailPipeline, document: dict[str, Any], *, num_steps: int) -> list[Row]:
+    from scail.bench import bench_clip
+    from scail.bench_goals import LABELS, clip_rows, compile_rows, quantized_rows
+
+    quantization = pipeline.quantization
+    label = LABELS[quantization]
+    runtime = _runtime(work, quantization)
     result = bench_clip(**_clip_of(work, runtime), num_steps=num_steps, pipeline=pipeline)
-    document["clip, float8"] = result
-    document.setdefault("kernels", {})["forward, float8"] = _kernels(work, pipeline)
+    document[f"clip, {label}"] = result
+    document.setdefault("kernels", {})[f"forward, {label}"] = _kernels(work, pipeline)
     rows = quantized_rows(work, pipeline)
-    return [*rows, *clip_rows("float8", result, rows[0].reached, minutes=5.7)]
+    return [
+        *rows,
+        *clip_rows(label, result, rows[0].reached, minutes=QUALITY_MINUTES.get(quantization)),
+        *compile_rows(work, label, result),
+    ]
 
 
-def _warm_worker(work: Workload, pipeline: Any, num_clips: int) -> list[Row]:
-    from scail.bench_goals import FAST_STEPS, Row
-    from scail.config import SamplingParams
+def _warm_worker(work: Workload, pipeline: ScailPipeline, num_clips: int) -> list[Row]:
+    from scail.bench_goals import Row
     from tasks.warm_worker import render_clips, write_clips
 
-    params = SamplingParams(num_inference_steps=FAST_STEPS, guidance_scale=1.0)
+    params = PROFILES["fast"].sampling
     with TemporaryDirectory() as name:
         folder = Path(name)
         clips = write_clips(
             folder, num_clips=num_clips + 1, num_frames=work.num_frames, height=work.height, width=work.width
         )
         times = render_clips(pipeline, clips, folder, params)
-    note = f"{num_clips} clips of {FAST_STEPS} steps without guidance, after a first one"
+    note = f"{num_clips} clips of the fast profile, after a first one"
     return [
         Row("warm worker, a clip", "s", times.seconds_per_clip, 17.0, note=note),
         Row("warm worker, GPU busy", "%", 100 * times.busy_share, 97.0, at_least=True, note=note),
     ]
 
 
-def _kernels(work: Workload, pipeline: Any) -> list[dict[str, Any]]:
+def _workers(work: Workload, num_clips: int) -> list[Row]:
+    """A worker for each GPU, against one alone; on a CPU two share it."""
+    import torch
+
+    from scail.bench_goals import Row
+    from tasks.warm_worker import Fleet, WorkerPlan
+
+    num_workers = max(2, torch.cuda.device_count())
+    if work.device.type == "cuda" and torch.cuda.device_count() < num_workers:
+        raise RefusedError("--only names workers, which wants two GPUs or more; one is here")
+    plan = WorkerPlan(work, _runtime(work, "fp8"), PROFILES["fast"].sampling, num_clips)
+    with Fleet(plan, num_workers) as fleet:
+        alone = fleet.clips_per_hour([0])
+        together = fleet.clips_per_hour(range(num_workers))
+    goal = 1.97 if num_workers == 2 else None
+    note = f"clips an hour of one; {num_clips} clips of the fast profile each"
+    return [Row(f"{num_workers} workers", "x", together / alone, goal, at_least=True, beside=alone, note=note)]
+
+
+def _runtime(work: Workload, quantization: Quantization) -> RuntimeConfig:
+    """How the path of a quantisation runs; `fp8` has its attention in float8 too."""
+    from scail.config import RuntimeConfig
+
+    attention = "float8" if quantization == "fp8" else None
+    return RuntimeConfig(compiled=work.compiled, quantization=quantization, attention=attention)
+
+
+def _model(work: Workload, runtime: RuntimeConfig) -> ScailPipeline:
+    from scail.bench import random_pipeline
+
+    return random_pipeline(work.config, device=work.device, dtype=work.dtype, runtime=runtime)
+
+
+def _kernels(work: Workload, pipeline: ScailPipeline) -> list[dict[str, Any]]:
     from scail.bench_goals import forward_seconds, top_kernels
 
     return top_kernels(lambda: forward_seconds(pipeline, work), work.device)

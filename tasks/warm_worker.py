@@ -2,21 +2,30 @@
 
 The stages are those of `tasks.render`, with its turns: while one clip computes, the next one's files are decoded and
 prepared, and the one before it is encoded. What is left out is storage, of which a benchmark has none.
+
+`Fleet` has a worker process for each GPU, which sees no other, to say how many clips several make in the time of one.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Self
 
 from tasks.turns import Turn
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from scail import SamplingParams, ScailPipeline
+    from scail.bench_goals import Workload
+    from scail.config import RuntimeConfig
 
 WORKER_THREADS = 2  # as a worker has them
 
@@ -95,3 +104,76 @@ def write_clips(folder: Path, *, num_clips: int, num_frames: int, height: int, w
         encode_video(pose, render_pose(PoseSequence(joints[:, None], height, width)), fps=24.0, metadata={})
         clips.append((reference, pose))
     return clips
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What each process of a fleet renders, on a GPU of its own or all of them on the CPU."""
+
+    work: Workload
+    runtime: RuntimeConfig
+    params: SamplingParams
+    num_clips: int
+
+
+class Fleet:
+    """Warm workers, a process each; use it in a `with`."""
+
+    def __init__(self, plan: WorkerPlan, num_workers: int) -> None:
+        """Start them; they load a model and render a first clip side by side."""
+        context = get_context("spawn")
+        self._connections, self.processes = [], []
+        for number in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(number, plan, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self.processes.append(process)
+
+    def clips_per_hour(self, workers: Iterable[int]) -> float:
+        """Of the given workers together, while the others wait.
+
+        Raises:
+            RuntimeError: If a worker has died.
+        """
+        asked = [self._connections[number] for number in workers]
+        try:
+            for connection in asked:
+                connection.send("render")
+            return sum(3600 / times.seconds_per_clip for times in [connection.recv() for connection in asked])
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError("a worker of the benchmark has died; its own message is above") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self.processes:
+            process.join(timeout=60)
+            process.kill()
+            process.join()
+
+
+def _serve(number: int, plan: WorkerPlan, connection: Connection) -> None:
+    """A process of a fleet: renders its clips as often as it is asked to."""
+    device = plan.work.device
+    if device.type == "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)  # before torch looks
+    from scail.bench import random_pipeline
+
+    work = plan.work
+    pipeline = random_pipeline(work.config, device=device, dtype=work.dtype, runtime=plan.runtime)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        clips = write_clips(
+            folder, num_clips=plan.num_clips + 1, num_frames=work.num_frames, height=work.height, width=work.width
+        )
+        render_clips(pipeline, clips[:2], folder, plan.params)
+        try:
+            while connection.recv():
+                connection.send(render_clips(pipeline, clips, folder, plan.params))
+        except EOFError:  # whoever asks has enough
+            return

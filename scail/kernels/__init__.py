@@ -70,6 +70,43 @@ def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return reference.gelu_quantize_rows(x)
 
 
+def norm_quantize(x: Tensor, factor: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Layer norm, scale and shift, and `quantize_rows` of what comes out, in one pass and without rounding between.
+
+    Args:
+        x: (B, L, D).
+        factor, offset: (1 or B, 1, D), both of one batch size.
+        eps: Of the norm.
+
+    Returns:
+        float8 (B, L, D), and float32 (B, L, 1).
+    """
+    if _takes_kernel(x):
+        return triton_kernels.norm_quantize(x.contiguous(), factor.contiguous(), offset.contiguous(), eps)
+    return reference.norm_quantize(x, factor, offset, eps)
+
+
+def add_norm_quantize(
+    x: Tensor, update: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` plus the gated `update` (B, L, D), and `norm_quantize` of the sum, in one pass.
+
+    Args:
+        x, update: (B, L, D).
+        gate: (1 or B, 1, D), by which the update is multiplied; None: as it is.
+        factor, offset, eps: Of `norm_quantize`.
+
+    Returns:
+        The sum, in the dtype of `x`; then what `norm_quantize` gives.
+    """
+    if _takes_kernel(x):
+        gate = None if gate is None else gate.contiguous()
+        return triton_kernels.add_norm_quantize(
+            x.contiguous(), update.contiguous(), gate, factor.contiguous(), offset.contiguous(), eps
+        )
+    return reference.add_norm_quantize(x, update, gate, factor, offset, eps)
+
+
 def norm_silu_window(x: Tensor, gamma: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a causal convolution over three frames reads, and what the next piece of the clip has to begin with.
 

@@ -56,6 +56,27 @@ def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(F.gelu(x, approximate="tanh"))
 
 
+def scaled_norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float) -> Tensor:
+    """LayerNorm of `x` (B, L, D), times `factor` plus `offset` (1 or B, 1, D); float32 throughout."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * factor.float() + offset.float()
+
+
+def gated_sum(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    """`x` plus `update`, times `gate` (1 or B, 1, D) where there is one; rounded once."""
+    return (x.float() + (update.float() if gate is None else update.float() * gate.float())).to(x.dtype)
+
+
+def norm_quantize(x: Tensor, factor: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return quantize_rows(scaled_norm(x, factor, offset, eps))
+
+
+def add_norm_quantize(
+    x: Tensor, update: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = gated_sum(x, update, gate)
+    return total, *norm_quantize(total, factor, offset, eps)
+
+
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
     """Vectors (..., C) of unit mean square, scaled by channel, through SiLU in float32."""
     return F.silu(rms_norm(x, gamma, TINY).float()).to(x.dtype)

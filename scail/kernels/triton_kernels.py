@@ -96,3 +96,76 @@ def quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
         x, target, scales, SIZE=size, BLOCK=block, GELU=gelu, num_warps=8 if block <= 8192 else 16
     )
     return target, scales
+
+
+@triton.jit
+def _norm_quantize_kernel(
+    source, update, gate, factor, offset, total, target, scales, length, gate_stride, stride, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    item = row // length
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    loaded = tl.load(source + row * SIZE + at, mask=inside, other=0.0)
+    x = loaded.to(tl.float32)
+    if HAS_UPDATE:
+        added = tl.load(update + row * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            added *= tl.load(gate + item * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = (x + added).to(loaded.dtype)
+        tl.store(total + row * SIZE + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / SIZE + eps)
+    scale = tl.load(factor + item * stride + at, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(offset + item * stride + at, mask=inside, other=0.0).to(tl.float32)
+    _store_quantized(normed * scale + shift, target, scales, row, at, SIZE)
+
+
+@triton_op("scail::norm_quantize", mutates_args={})
+def norm_quantize(x: Tensor, factor: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    target, scales = _like_rows(x)
+    _launch_norm(x, None, None, factor, offset, None, target, scales, eps)
+    return target, scales
+
+
+@triton_op("scail::add_norm_quantize", mutates_args={})
+def add_norm_quantize(
+    x: Tensor, update: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.empty_like(x)
+    target, scales = _like_rows(x)
+    _launch_norm(x, update, gate, factor, offset, total, target, scales, eps)
+    return total, target, scales
+
+
+def _like_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=FLOAT8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _launch_norm(
+    x: Tensor, update: Tensor | None, gate: Tensor | None, factor: Tensor, offset: Tensor,
+    total: Tensor | None, target: Tensor, scales: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Where there is no update, `x` stands for what is not read and not written."""
+    batch_size, length, size = x.shape
+    wrap_triton(_norm_quantize_kernel)[(batch_size * length,)](
+        x,
+        x if update is None else update,
+        x if gate is None else gate,
+        factor,
+        offset,
+        x if total is None else total,
+        target,
+        scales,
+        length,
+        0 if gate is None or len(gate) == 1 else size,
+        0 if len(factor) == 1 else size,
+        eps,
+        SIZE=size,
+        BLOCK=triton.next_power_of_2(size),
+        HAS_UPDATE=update is not None,
+        HAS_GATE=gate is not None,
+        num_warps=8,
+    )

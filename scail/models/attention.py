@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MAX_RELATIVE_ERROR = 0.01  # of a backend in bfloat16 against float32; bfloat16's own rounding makes 0.003
+MAX_FLOAT8_ERROR = 0.08  # of one in float8, whose rounding makes 0.05
+
+_TINY = 1e-12  # keeps the scale of a head of zeros above zero
+_FLOAT8_HEAD_MULTIPLE = 16  # of FlashAttention-3's head sizes in float8
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -64,49 +68,88 @@ def flash_attention_3_float8(query: Tensor, key: Tensor, value: Tensor) -> Tenso
     A softmax does not see what all keys have in common, and what all values have in common passes it unchanged; so
     both are taken out before the rounding, and the values' mean is added again, exactly.
     """
-    value_mean = value.float().mean(dim=1, keepdim=True)
-    query8, query_scale = _quantize_heads(query.float())
-    key8, key_scale = _quantize_heads(key.float() - key.float().mean(dim=1, keepdim=True))
-    value8, value_scale = _quantize_heads(value.float() - value_mean)
-    out = _flash_attention_3_float8(query8, key8, value8, query_scale, key_scale, value_scale)
-    return (out + value_mean).to(query.dtype)
+    head_size = query.shape[-1]
+    query_scale = query.abs().amax(dim=(1, 3)).float().clamp(min=_TINY) / FLOAT8_MAX
+    (key_mean, key_scale), (value_mean, value_scale) = _mean_and_scale(key), _mean_and_scale(value)
+    out = _flash_attention_3_float8(
+        _to_float8(query.float(), query_scale),
+        _to_float8(key.float() - key_mean, key_scale),
+        _to_float8(value.float() - value_mean, value_scale),
+        query_scale,
+        key_scale,
+        value_scale,
+        head_size**-0.5,
+    )
+    return (out[..., :head_size] + value_mean).to(query.dtype)
 
 
-def _quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8 (B, L, heads, head_size), and float32 (B, heads)."""
-    scales = x.abs().amax(dim=(1, 3)).clamp(min=1e-12) / FLOAT8_MAX
-    return (x / scales[:, None, :, None]).to(FLOAT8), scales
+def _mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of all tokens, float32 (B, 1, heads, head_size), and the scale of what is left of each head (B, heads).
+
+    Mean, largest and smallest are of one pass over the tokens; how far they are from the mean needs no second one.
+    """
+    mean = x.float().mean(dim=1, keepdim=True)
+    above, below = x.amax(dim=1, keepdim=True).float() - mean, mean - x.amin(dim=1, keepdim=True).float()
+    return mean, torch.maximum(above, below).amax(dim=(1, 3)).clamp(min=_TINY) / FLOAT8_MAX
+
+
+def _to_float8(x: Tensor, scales: Tensor) -> Tensor:
+    """float8 (B, L, heads, head_size), the head size filled up with zeros as the kernel wants it."""
+    return F.pad(x / scales[:, None, :, None], (0, -x.shape[-1] % _FLOAT8_HEAD_MULTIPLE)).to(FLOAT8)
 
 
 @torch.library.custom_op("scail::flash_attention_3_float8", mutates_args=())
 def _flash_attention_3_float8(
-    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    softmax_scale: float,
 ) -> Tensor:
     from fa3_fwd_interface import flash_attn_func
 
-    out = flash_attn_func(query, key, value, q_descale=query_scale, k_descale=key_scale, v_descale=value_scale)
+    out = flash_attn_func(
+        query,
+        key,
+        value,
+        softmax_scale=softmax_scale,
+        q_descale=query_scale,
+        k_descale=key_scale,
+        v_descale=value_scale,
+    )
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 
 
 @_flash_attention_3_float8.register_fake
-def _(query: Tensor, *_others: Tensor) -> Tensor:
+def _(query: Tensor, *_others: Tensor | float) -> Tensor:
     return torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
 
 
 EXACT: dict[str, Attention] = {"flash_attention_3": flash_attention_3, "cudnn": cudnn, "sdpa": sdpa}  # best first
-BACKENDS: dict[str, Attention] = EXACT | {"flash_attention_3_float8": flash_attention_3_float8}
+FLOAT8_BACKENDS: dict[str, Attention] = {"flash_attention_3_float8": flash_attention_3_float8}  # likewise
+BACKENDS = EXACT | FLOAT8_BACKENDS
 CROSS_ATTENTION = {"flash_attention_3_float8": "flash_attention_3"}  # few keys: nothing to win, so nothing to lose
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the fastest exact backend that is installed, fits the device and passes its check there.
+def choose_attention(device: torch.device, dtype: torch.dtype, wanted: str | None = None) -> str:
+    """The name of the first backend that is installed, fits the device and passes its check there.
 
     Args:
         device: Where the model runs.
         dtype: Of its activations.
+        wanted: A backend, or `float8` for the fastest in that precision, to be taken before the exact ones, which
+            come in the order of their speed.
     """
-    return next(name for name in EXACT if name == "sdpa" or (fits(name, device, dtype) and passes(name, device)))
+    preferred = FLOAT8_BACKENDS if wanted == "float8" else [] if wanted is None else [wanted]
+    chosen = next(
+        name for name in (*preferred, *EXACT) if name == "sdpa" or (fits(name, device, dtype) and passes(name, device))
+    )
+    if preferred and chosen not in preferred:
+        logger.warning("attention %s cannot be had on %s in %s: %s instead", wanted, device, dtype, chosen)
+    return chosen
 
 
 def fits(name: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -128,7 +171,9 @@ def passes(name: str, device: torch.device) -> bool:
     except Exception as failure:  # noqa: BLE001  # whatever a foreign kernel raises, there is a next backend
         warnings.warn(f"attention backend {name} failed on {device}: {failure}", stacklevel=2)
         return False
-    if not error <= MAX_RELATIVE_ERROR:  # also when it is not a number
+    if not error <= (
+        MAX_FLOAT8_ERROR if name in FLOAT8_BACKENDS else MAX_RELATIVE_ERROR
+    ):  # also when it is not a number
         warnings.warn(f"attention backend {name} is wrong on {device}: relative error {error:.2g}", stacklevel=2)
         return False
     logger.info("attention backend %s on %s: relative error %.2g", name, device, error)

@@ -193,7 +193,7 @@ class ScailTransformer(nn.Module):
         for index, block in enumerate(cast(Iterable[TransformerBlock], self._sources[1])):
             span = video if index == last else None
             # Never compiled with a span: its numbers would be constants, and every other size of a clip another graph.
-            attend = block.attend if span is None else partial(TransformerBlock.attend, block, span=span)
+            attend = block.attend if span is None else partial(type(block).attend, block, span=span)
             shared = attend(tokens, modulation, sides[0].rotary) if index == 0 else None
             for number, side in enumerate(sides):
                 own = hidden[number]

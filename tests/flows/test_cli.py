@@ -169,7 +169,16 @@ def test_bench_writes_its_figures_as_json(tmp_path):
     size = ("--frames", 5, "--height", HEIGHT, "--width", WIDTH, "--steps", 1)
 
     result = scail(
-        "bench", "--model", "tiny", *size, "--only", "clip, clips, vae", "--clips", 2, "--json", tmp_path / "bench.json"
+        "bench",
+        "--model",
+        "tiny",
+        *size,
+        "--only",
+        "clip, clips, int8, load, vae",
+        "--clips",
+        2,
+        "--json",
+        tmp_path / "bench.json",
     )
 
     assert result.exit_code == 0
@@ -179,6 +188,8 @@ def test_bench_writes_its_figures_as_json(tmp_path):
     assert rows["VAE decode"]["beside"] > 0
     assert rows["VAE decode"]["goal"] is None  # the goals are for the largest clip
     assert 0 < rows["warm worker, GPU busy"]["reached"] <= 100
+    assert rows["forward, int8"]["reached"] > 0
+    assert rows["load, cached files, to the first step"]["reached"] > rows["forward, int8"]["reached"]
     assert scail("bench", "--model", "13b").exit_code == 2
     assert scail("bench", "--only", "everything").exit_code == 2
 

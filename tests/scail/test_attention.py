@@ -145,3 +145,41 @@ def test_a_backend_is_used_for_every_softmax_of_every_block(monkeypatch, pipelin
     one_block = [(num_tokens, num_tokens), (num_tokens, 12), (num_tokens, 17)]
     last_block = [(num_video, num_tokens), (num_video, 12), (num_video, 17)]
     assert lengths == one_block * (len(transformer.blocks) - 1) + last_block
+
+
+@pytest.mark.parametrize("head_size", [12, 32])
+def test_float8_attention_rounds_what_is_left_without_the_means(monkeypatch, head_size):
+    """The kernel itself is replaced by one that multiplies the same float8 numbers; it runs on a GPU alone."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 33, 3, head_size, generator=generator) for _ in range(3))
+    key, value = key + 30 * torch.randn(1, 1, 3, head_size, generator=generator), value + 50
+    seen = []
+
+    def kernel(query, key, value, query_scale, key_scale, value_scale, softmax_scale):
+        seen.extend((query, key, value))
+        query, key, value = (
+            x.float() * scale[:, None, :, None]
+            for x, scale in ((query, query_scale), (key, key_scale), (value, value_scale))
+        )
+        scores = softmax_scale * torch.einsum("blhd,bmhd->bhlm", query, key)
+        return torch.einsum("bhlm,bmhd->blhd", scores.softmax(dim=-1), value)
+
+    monkeypatch.setattr(attention, "_flash_attention_3_float8", kernel)
+
+    out = attention.flash_attention_3_float8(query, key, value)
+
+    exact = sdpa(query, key, value)
+    assert out.shape == exact.shape
+    assert (out - exact).norm() / (exact - value.mean(dim=1, keepdim=True)).norm() < attention.MAX_FLOAT8_ERROR
+    assert all(x.dtype == torch.float8_e4m3fn and x.shape[-1] % 16 == 0 for x in seen)
+    largest = [x.float().abs().amax(dim=(1, 3)) for x in seen]
+    assert all(torch.allclose(head, torch.tensor(448.0)) for x in largest for head in x.flatten())  # nothing is wasted
+
+
+def test_what_cannot_be_had_is_replaced_by_the_fastest_exact_one(caplog):
+    assert choose_attention(CPU, torch.bfloat16, "float8") == "sdpa"
+    assert choose_attention(CPU, torch.bfloat16, "cudnn") == "sdpa"
+    assert [record.message.partition(" on ")[0] for record in caplog.records] == [
+        "attention float8 cannot be had",
+        "attention cudnn cannot be had",
+    ]

@@ -90,6 +90,52 @@ def test_the_quantising_kernels_equal_their_plain_versions(size):
         assert (ours - theirs).norm() / theirs.norm() < 2e-3, name
 
 
+def norm_inputs(size: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Tokens, an update, and gate, factor and offset of two items."""
+    tokens, update = (random(2, length, size, device=device, dtype=dtype)[:, :37] for length in (37, 38))
+    gate, factor, offset = (random(2, rows, size, device=device, dtype=dtype)[:, :1] for rows in (1, 2, 3))
+    return tokens, update, gate, 1 + 0.3 * factor, offset
+
+
+def test_a_norm_that_quantises_is_the_norm_within_the_rounding_of_float8():
+    tokens, update, gate, factor, offset = norm_inputs(96)
+
+    total, values, scales = kernels.add_norm_quantize(tokens, update, gate, factor, offset, 1e-6)
+
+    assert torch.equal(total, tokens + gate * update)
+    expected = F.layer_norm(total, (96,), eps=1e-6) * factor + offset
+    assert (values.float() * scales - expected).norm() / expected.norm() < 0.04
+    again = kernels.norm_quantize(total, factor, offset, 1e-6)
+    assert torch.equal(values.float(), again[0].float())
+    assert torch.equal(scales, again[1])
+    ungated, *_ = kernels.add_norm_quantize(tokens, update, None, factor, offset, 1e-6)
+    assert torch.equal(ungated, tokens + update)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("size", [48, 224, 5120])
+@pytest.mark.parametrize("num_items", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_norm_kernels_equal_their_plain_versions(size, num_items, gated):
+    tokens, update, gate, factor, offset = norm_inputs(size, device="cuda", dtype=torch.bfloat16)
+    gate, factor, offset = (x[:num_items] for x in (gate, factor, offset))  # one item's serve for both
+
+    with torch.no_grad():
+        total, values, scales = kernels.add_norm_quantize(tokens, update, gate if gated else None, factor, offset, 1e-6)
+        alone = kernels.norm_quantize(tokens, factor, offset, 1e-6)
+
+    plain_total, *plain = reference.add_norm_quantize(tokens, update, gate if gated else None, factor, offset, 1e-6)
+    assert share_that_differs(total, plain_total) < 1e-3
+    for ours, theirs in (
+        ((values, scales), plain),
+        (alone, reference.norm_quantize(tokens, factor, offset, 1e-6)),
+    ):
+        mine, its = (values.float() * scales for values, scales in (ours, theirs))
+        assert mine.shape == its.shape == tokens.shape
+        assert (mine - its).norm() / its.norm() < 4e-3
+
+
 def test_four_sums_of_weights_are_a_convolution_over_the_picture_twice_the_size():
     window = F.pad(random(1, 2, 5, 6, 8), (0, 0, 1, 1, 1, 1))
     weight, bias = random(4, 8, 3, 3), random(4)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from scail.bench import random_pipeline
-from scail.config import SCAIL_TINY, SamplingParams
+from scail.bench_goals import Workload
+from scail.config import EXACT, SCAIL_TINY, SamplingParams
 from scail.video import probe_video
-from tasks.warm_worker import BusyTimes, render_clips, write_clips
+from tasks.warm_worker import BusyTimes, Fleet, WorkerPlan, render_clips, write_clips
 
 
 def test_the_gpu_is_idle_between_the_clips():
@@ -27,3 +28,17 @@ def test_clips_are_rendered_one_after_another_each_into_its_video(tmp_path):
     assert {(info.num_frames, info.width, info.height) for info in infos} == {(5, 96, 64)}
     assert all(earlier[1] <= later[0] for earlier, later in zip(times.spans, times.spans[1:], strict=False))
     assert 0 < times.busy_share <= 1
+
+
+def test_a_fleet_renders_in_processes_of_its_own_and_says_when_one_has_died():
+    work = Workload(SCAIL_TINY, torch.device("cpu"), torch.float32, 5, 64, 96, compiled=False)
+    plan = WorkerPlan(work, EXACT, SamplingParams(num_inference_steps=1, guidance_scale=1.0), num_clips=2)
+
+    with Fleet(plan, 2) as fleet:
+        assert fleet.clips_per_hour([0]) > 0
+        assert fleet.clips_per_hour([0, 1]) > 0
+        fleet.processes[1].kill()
+        with pytest.raises(RuntimeError, match="has died"):
+            fleet.clips_per_hour([1])
+
+    assert not any(process.is_alive() for process in fleet.processes)
