@@ -171,6 +171,7 @@ class Cluster:
             "PREFECT_API_URL": self.api_url,
             "PREFECT_HOME": str(self.root / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PYTHONPATH": str(ROOT),
             "SCAIL_CHECKPOINT": str(self.checkpoint),
             "SCAIL_CLAIM_SECONDS": str(CLAIM_SECONDS),

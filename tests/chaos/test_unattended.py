@@ -173,10 +173,9 @@ def test_a_killed_coordinator_is_started_again_and_goes_on_where_it_was(studio, 
 
 def test_cancelling_the_inboxs_run_refuses_its_manifest_and_no_later_look_begins_it_again(studio, tmp_path):
     upload(studio, tmp_path, "unwanted.csv", "slow 2.5")
-    path = f"deployments/{studio.deployments['watch-inbox']}/create_flow_run"
-    flow_run_id = studio.cluster.call(path, {"state": {"type": "SCHEDULED"}})["id"]
+    flow_run_id = start_a_look(studio)
     wait_until(lambda: storage.list_files(f"{studio.root}/claims/unwanted.csv"), "a look has taken the upload", 60)
-    wait_until(lambda: attempts_started(studio), "its clip is under way", 60, every=0.3)
+    wait_until(lambda: attempts_started(studio, "unwanted"), "its clip is under way", 60, every=0.3)
 
     studio.cluster.cancel(flow_run_id)
 
@@ -187,8 +186,19 @@ def test_cancelling_the_inboxs_run_refuses_its_manifest_and_no_later_look_begins
     assert not storage.list_files(f"{studio.root}/renders/unwanted/done")
 
 
-def attempts_started(studio: Studio) -> list[str]:
-    return storage.list_files(f"{studio.root}/renders/unwanted/attempts")
+def start_a_look(studio: Studio) -> str:
+    path = f"deployments/{studio.deployments['watch-inbox']}/create_flow_run"
+    return studio.cluster.call(path, {"state": {"type": "SCHEDULED"}})["id"]
+
+
+def attempts_started(studio: Studio, name: str) -> list[str]:
+    return storage.list_files(f"{studio.root}/renders/{name}/attempts")
+
+
+def places_taken(studio: Studio) -> int:
+    """Of the four looks into the inbox that may go on at once."""
+    deployment = studio.cluster.call(f"deployments/{studio.deployments['watch-inbox']}")
+    return deployment["global_concurrency_limit"]["active_slots"]
 
 
 @pytest.fixture
@@ -240,10 +250,10 @@ def answers(port: int) -> bool:
     return True
 
 
-def upload(studio: Studio, folder: Path, name: str, prompt: str) -> None:
-    folder = folder / "upload"
+def upload(studio: Studio, folder: Path, name: str, *prompts: str) -> None:
+    folder = folder / name.removesuffix(".csv")
     folder.mkdir()
-    manifest = write_clips(folder, [prompt])
+    manifest = write_clips(folder, prompts)
     for file in (folder / "reference.png", folder / "pose.mp4"):
         storage.publish_file(file, f"{studio.root}/inbox/{file.name}")
     storage.publish_file(manifest, f"{studio.root}/inbox/{name}")
@@ -271,14 +281,21 @@ def test_an_event_has_an_upload_rendered_at_once(studio, notify, tmp_path, reque
     assert b"1 rendered" in storage.read_bytes(f"{studio.root}/done/{name}.txt")
 
 
-def test_what_a_dead_machine_left_is_finished_by_another_and_without_any_event_the_inbox_is_looked_at(studio, tmp_path):
+def test_what_a_dead_machine_left_is_finished_its_place_is_free_and_the_inbox_is_looked_at_without_events(
+    studio, tmp_path
+):
     output = tmp_path / "out"
+    upload(studio, tmp_path, "held.csv", *["slow 1"] * 8)
+    look = start_a_look(studio)
+    wait_until(lambda: attempts_started(studio, "held"), "a look renders what it found", 60, every=0.3)
     flow_run_id = studio.start(write_clips(tmp_path, [SLOW] * 12), output)
     wait_until(lambda: done_clips(output), "a clip is done")
     upload(studio, tmp_path, "polled.csv", "polled")
 
+    before = places_taken(studio)
     kill_tree(studio.cluster.processes.pop("coordinator"))
     since = time.monotonic()
+    storage.delete(f"{studio.root}/inbox/held.csv")  # no other look is to take it and its place
     set_schedule(studio, on=True)
     studio.cluster.start_coordinator()
 
@@ -289,5 +306,8 @@ def test_what_a_dead_machine_left_is_finished_by_another_and_without_any_event_t
     took = time.monotonic() - since
     set_schedule(studio, on=False)
     wait_until(lambda: storage.exists(f"{studio.root}/done/polled.csv"), "the manifest is done", every=0.5)
+    wait_until(lambda: not places_taken(studio), "no place is taken", every=0.5)
+    assert before == 1
+    assert studio.states(look)[-1] == "Crashed"
     assert took < 60 + 60  # the minute, and a busy machine that starts two runs of Prefect's at the same time
     assert any(run["auto_scheduled"] and run["state_name"] == "Completed" for run in watch_runs(studio))

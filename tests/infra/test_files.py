@@ -41,6 +41,7 @@ PODS = {
     for _, document in MANIFESTS
     if document["kind"] in {"Deployment", "StatefulSet", "Job"}
 }
+IN_FILES = "prefect.server.concurrency.lease_storage.filesystem"
 # Read by docker compose or by a script of ours, not by the program.
 OURS = {"SCAIL_TLS_CA", "SCAIL_TLS_CERTIFICATE", "SCAIL_TLS_KEY"}
 
@@ -200,6 +201,21 @@ def test_nothing_of_compose_is_open_and_everything_comes_back():
         for other, condition in service.get("depends_on", {}).items():
             expected = "service_completed_successfully" if other == "deploy" else "service_healthy"
             assert condition["condition"] == expected
+
+
+def test_a_restart_of_the_server_takes_no_run_its_place():
+    leases = {"name": "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "value": IN_FILES}
+    claims = {d["metadata"]["name"] for _, d in MANIFESTS if d["kind"] == "PersistentVolumeClaim"}
+    [claimed] = [volume for volume in PODS["server"]["spec"]["volumes"] if volume["name"] == "home"]
+    [kept] = [each for each in SERVICES["server"]["volumes"] if each["target"] == "/var/lib/scail"]
+
+    assert SERVICES["server"]["environment"][leases["name"]] == leases["value"]
+    assert leases in container_of(PODS["server"])["env"]
+    assert kept["type"] == "volume"
+    assert kept["source"] in COMPOSE["volumes"]
+    assert claimed["persistentVolumeClaim"]["claimName"] in claims
+    for guide in (INFRA / "README.md", ROOT / "docs" / "ways-in.md"):
+        assert f"export {leases['name']}={leases['value']}" in guide.read_text()
 
 
 def test_images_are_pinned_and_their_stages_exist():
