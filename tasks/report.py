@@ -13,6 +13,7 @@ import posixpath
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from heapq import nsmallest
 from pathlib import PurePath
 from urllib.parse import quote
@@ -255,6 +256,7 @@ def _limit(limit: Limit) -> str:
     return f" ({side} {limit.review:g}, {limit.fail:g})"
 
 
+@cache  # it keeps the templates that it has compiled
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("tasks"),

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scail.config import DEFAULT_PROFILE, POLICIES, PROFILES, PlacementPolicy, RuntimeConfig
+from tasks import thrift
 from tasks.checkpoint import local_checkpoint, model_fingerprint
 from tasks.settings import Settings
-from tasks.thrift import collect_all
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +87,7 @@ class ResidentPipeline:
                 self._drop()
                 self._pipeline = _load(spec)
                 self._spec = spec
+                thrift.keep()
             return self._pipeline
 
     def cache_clear(self) -> None:
@@ -215,6 +216,6 @@ def release_memory() -> None:
 def _empty_device_cache() -> None:
     import torch
 
-    collect_all()
+    thrift.collect_all()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -27,7 +27,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; a
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are more processes than cores
     gc.set_threshold(20_000)  # what is imported stays; see tasks/thrift.py
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the program: it is compiled once
+    # Hundreds of processes import the program, and each of xdist's every test: they are compiled once.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -52,10 +52,13 @@ def patch_pipeline() -> None:
     render, load = ScailPipeline.render, ScailPipeline.from_pretrained
 
     def misbehaving_render(self, pixels, prompt, *, on_step, **kwargs):
-        slow = re.search(r"slow (\d+\.?\d*)", prompt)
+        slow = re.search(r"slow (\d+\.?\d*)(?: until (\S+))?", prompt)
+        let_go = CHAOS_DIR / f"let-go-{slow[2]}" if slow and slow[2] else None
 
         def slow_step(done, total):
-            time.sleep(float(slow[1]) if slow else 0.0)
+            end = time.monotonic() + (float(slow[1]) if slow else 0.0)
+            while time.monotonic() < end and not (let_go and let_go.exists()):
+                time.sleep(min(0.05, max(0.0, end - time.monotonic())))
             on_step(done, total)
 
         try:

@@ -231,7 +231,22 @@ class Cluster:
             return False
 
     def wait_for_workers(self, num_workers: int = NUM_WORKERS) -> None:
-        wait_until(lambda: len(self.workers()) >= num_workers, f"{num_workers} workers are registered", 120)
+        what = f"{num_workers} workers are registered"
+        wait_until(lambda: len(self.workers()) >= num_workers, what, 120, every=0.3)  # each look is a new connection
+
+    def let_go(self, name: str) -> None:
+        """Clips that are slow until this is said are slow no more."""
+        (self.chaos_dir / f"let-go-{name}").touch()
+
+    def num_waiting(self, priority: int) -> int:
+        """Tasks of a priority that have come to the scheduler."""
+
+        def count(dask_scheduler: Any) -> int:
+            annotations = [task.annotations or {} for task in dask_scheduler.tasks.values()]
+            return sum(each.get("priority") == priority for each in annotations)
+
+        with self.connect() as client:
+            return client.run_on_scheduler(count)
 
     def connect(self) -> Client:
         from distributed import Client

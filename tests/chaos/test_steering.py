@@ -26,7 +26,7 @@ from tests.chaos.harness import (
 )
 
 SLOW = "slow 0.4"  # per step; a clip is on the GPU for about two seconds
-SLOWER = "slow 1.0"  # about five: a command that has a say over the run must have started before its end
+SLOWER = "slow 2.0 until"  # about nine: a command that has a say over the run must have started before its end
 STEP_SECONDS = 1.0
 LONG = f"slow {STEP_SECONDS}"
 REACTION_SECONDS = 1.0  # beside the step itself: signals, messages, two processes on a busy machine
@@ -63,19 +63,21 @@ def seconds_until_stopped(output: Path, since: float) -> list[float]:
 def test_a_run_of_higher_priority_overtakes_one_that_came_first(cluster, tmp_path):
     for name in ("first", "urgent"):
         (tmp_path / name).mkdir()
-    first = cluster.render(write_clips(tmp_path / "first", [SLOWER] * 8), tmp_path / "first" / "out")
+    first = cluster.render(write_clips(tmp_path / "first", [f"{SLOWER} overtaken"] * 10), tmp_path / "first" / "out")
     wait_for_computing(first)
 
     urgent = cluster.render(
         write_clips(tmp_path / "urgent", [SLOW] * 4), tmp_path / "urgent" / "out", "--priority", 5, name="urgent"
     )
+    wait_until(lambda: cluster.num_waiting(priority=5), "an urgent clip waits for its turn", every=0.3)
+    cluster.let_go("overtaken")
 
     assert urgent.wait() == 0, urgent.tail()
-    assert first.process.poll() is None, "the first run was over before the urgent one"
     assert first.wait() == 0, first.tail()
     began = [attempt.started_at for attempt in starts_of(urgent.output)]
-    between = [attempt for attempt in starts_of(first.output) if began[0] < attempt.started_at < began[-1]]
-    assert len(between) <= 1  # on its way to a worker already when the urgent clips came
+    of_first = [attempt.started_at for attempt in starts_of(first.output)]
+    assert max(of_first) > began[-1], "the first run had begun all its clips before the urgent one"
+    assert len([start for start in of_first if began[0] < start < began[-1]]) <= 1  # on its way to a worker already
 
 
 def test_a_run_holds_no_more_gpus_than_it_may(cluster, tmp_path):
@@ -131,21 +133,22 @@ def test_cancelling_stops_the_clips_within_a_step_and_frees_the_workers(cluster,
 
 
 def test_a_paused_run_finishes_what_is_under_way_and_goes_on_when_it_is_told(cluster, tmp_path):
-    run = cluster.render(write_clips(tmp_path, [SLOWER] * 8), tmp_path / "out")
+    run = cluster.render(write_clips(tmp_path, [f"{SLOWER} paused"] * 10), tmp_path / "out")
     wait_for_computing(run)
     ask(cluster, "pause", cluster.flow_run_id(run))
     time.sleep(LOOK_SECONDS + 0.5)
+    cluster.let_go("paused")
     wait_until(lambda: not computing(run.output) and not unended(run.output), "what was under way has ended")
     paused_at = num_computed(run.output)
     time.sleep(3)
 
-    assert num_computed(run.output) == paused_at < 8
+    assert num_computed(run.output) == paused_at < 10
     assert run.process.poll() is None
     assert cluster.flow_state(run) == "PAUSED"
     ask(cluster, "resume", cluster.flow_run_id(run))
     assert run.wait() == 0, run.tail()
-    assert num_computed(run.output) == 8
-    assert len(done_clips(run.output)) == 8
+    assert num_computed(run.output) == 10
+    assert len(done_clips(run.output)) == 10
     assert cluster.flow_state(run) == "COMPLETED"
 
 

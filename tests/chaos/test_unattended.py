@@ -36,6 +36,7 @@ from tests.chaos.test_steering import (
     LOOK_SECONDS,
     REACTION_SECONDS,
     SLOW,
+    SLOWER,
     STEP_SECONDS,
     seconds_until_stopped,
 )
@@ -138,7 +139,7 @@ def test_cancelling_in_the_ui_stops_the_clips_within_a_step(studio, tmp_path):
 
 def test_the_uis_pause_lets_clips_end_and_its_resume_goes_on_where_they_were(studio, tmp_path):
     output = tmp_path / "out"
-    flow_run_id = studio.start(write_clips(tmp_path, [SLOW] * 10), output)
+    flow_run_id = studio.start(write_clips(tmp_path, [f"{SLOWER} paused-in-the-ui"] * 10), output)
     wait_for_a_clip(output)
     process = studio.process_of(flow_run_id)
     details = {"pause_timeout": (datetime.now(UTC) + timedelta(seconds=300)).isoformat(), "pause_reschedule": True}
@@ -146,6 +147,7 @@ def test_the_uis_pause_lets_clips_end_and_its_resume_goes_on_where_they_were(stu
 
     studio.cluster.call(f"flow_runs/{flow_run_id}/set_state", {"state": state, "force": True})
     time.sleep(LOOK_SECONDS + 0.5)
+    studio.cluster.let_go("paused-in-the-ui")
     wait_until(lambda: all(attempts[-1].outcome for attempts in attempts_of(output).values()), "no clip is under way")
     paused_at = num_computed(output)
     time.sleep(2)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prefect.testing.utilities import prefect_test_harness
 
 from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY
@@ -24,6 +23,8 @@ WriteManifest = Callable[..., Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def prefect_api(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness  # brings the whole server: two seconds of a core
+
     folder = tmp_path_factory.mktemp("prefect")
     shutil.copy(migrated_database, folder / "prefect-test.db")  # as Prefect's harness names it
     with pytest.MonkeyPatch.context() as patch:
@@ -80,9 +81,8 @@ def write_manifest(tmp_path: Path, media: Path) -> WriteManifest:
 
 
 @pytest.fixture(autouse=True)
-def _no_resident_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_resident_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts without a loaded model, and with a scratch folder of its own."""
     monkeypatch.setenv("SCAIL_SCRATCH_DIR", str(tmp_path / "scratch"))
-    load_pipeline.cache_clear()
-    yield
-    load_pipeline.cache_clear()
+    for name in ("_pipeline", "_spec"):  # forgotten without the search for cycles that `cache_clear` makes
+        monkeypatch.setattr(load_pipeline, name, None)

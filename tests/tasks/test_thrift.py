@@ -7,7 +7,7 @@ import sys
 
 PRELUDE = """
 import collections, gc, psutil, sys, weakref
-from tasks.thrift import collect_all, settle, tidy
+from tasks.thrift import collect_all, keep, settle, tidy
 
 class Remains:
     def __init__(self):
@@ -110,3 +110,24 @@ def test_between_clips_free_pages_and_remains_go_but_only_where_looking_costs_no
     assert settled[1] == "True"
     assert float(unsettled[0]) > 20
     assert unsettled[1] == "False"
+
+
+KEEPING = """
+if sys.argv[1] == "settled":
+    settle()
+before = gc.get_freeze_count()
+gone, model = weakref.ref(Remains()), Remains()
+seen = weakref.ref(model)
+keep()
+kept = gc.get_freeze_count() > before
+del model
+collect_all()
+print(kept, gone() is None, seen() is None)
+"""
+
+
+def test_what_comes_later_to_a_settled_process_is_not_looked_through_again_either_and_can_leave():
+    settled, unsettled = (run(KEEPING, kind) for kind in ("settled", "not"))
+
+    assert settled == "True True True"
+    assert unsettled.startswith("False")
