@@ -13,12 +13,12 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-# Tests that share what takes long to start, a cluster or a Prefect server, stay in one process. There are two clusters:
-# tests that wait for something to die or to come back may do so beside one another.
+# Tests that share what takes long to start, a cluster or a Prefect server, stay in one process. There are three
+# clusters: tests that wait for something to die or to come back may do so beside one another.
 SHARING = {
     "chaos/test_faults.py": "the first cluster",
-    "chaos/test_steering.py": "the first cluster",
-    "chaos": "the second cluster",
+    "chaos/test_unattended.py": "the second cluster",
+    "chaos": "the third cluster",
     "flows": "a server",
 }
 COMPUTING_NICENESS = 10

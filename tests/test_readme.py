@@ -37,7 +37,10 @@ def test_every_test_is_run_by_one_of_two_commands_and_both_are_in_ci():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
+    marked = [path for path in (ROOT / "tests").rglob("*.py") if "mark." + "chaos" in path.read_text(encoding="utf-8")]
     selections = dict(re.findall(r"^(\w+): setup\n\t\S+ -m pytest .*-m (\S.*)$", makefile, re.MULTILINE))
 
     assert selections == {"test": '"not chaos"', "chaos": "chaos"}
+    assert re.search(r"pytest tests/chaos .*-m chaos", makefile)
+    assert not [path for path in marked if path.parent != ROOT / "tests" / "chaos"]
     assert re.findall(r"^make (\w+)", ci, re.MULTILINE) == ["lint", "test", "chaos", "demo"]

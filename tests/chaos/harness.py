@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 ROOT = Path(__file__).parents[2]
-HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 5
+HEIGHT, WIDTH, NUM_FRAMES = 32, 64, 5
 NUM_WORKERS = 2
 CLAIM_SECONDS, STAGE_LIMIT_SECONDS, WORKER_TTL_SECONDS = 4, 12, 15
 DISK_MIB, MIN_FREE_BYTES = 32, 1_000_000
@@ -290,10 +290,16 @@ class Cluster:
         return [Path(f"/proc/{pid}/root{self.scratch_dir}/filler") for pid in pids]
 
     def render(
-        self, manifest: Path, output: Path | str, *options: object, name: str = "run", workers: str | None = None
+        self,
+        manifest: Path,
+        output: Path | str,
+        *options: object,
+        name: str = "run",
+        workers: str | None = None,
+        checkpoint: Path | None = None,  # of workers that the command starts; the cluster's own have theirs
     ) -> Run:
         log = manifest.parent / f"{name}.log"
-        arguments = ["render", manifest, "--output", output, "--checkpoint", self.checkpoint, *options]
+        arguments = ["render", manifest, "--output", output, "--checkpoint", checkpoint or self.checkpoint, *options]
         program = "tests.chaos.local_command" if workers == "local" else "flows.cli"
         command = [sys.executable, "-m", program, *map(str, arguments)]
         command += ["--workers", workers or self.address]
@@ -357,7 +363,7 @@ def write_clips(folder: Path, prompts: Iterable[str], *, num_steps: int = 4) -> 
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)).save(folder / "reference.png")
     frames = np.zeros((NUM_FRAMES, HEIGHT, WIDTH, 3), np.uint8)
-    frames[:, 16:48, 32:40] = (255, 85, 0)
+    frames[:, 8:24, 28:36] = (255, 85, 0)
     encode_video(folder / "pose.mp4", frames, fps=24.0, metadata={})
     path = folder / "manifest.csv"
     with path.open("w", newline="") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from dataclasses import replace
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
+from scail.video import encode_video, read_video
 from tasks import storage
-from tasks.checkpoint import inspect_checkpoint
+from tasks.checkpoint import MINIATURE, inspect_checkpoint
 from tasks.jobs import AttemptStage
 from tasks.plan import plan_clips, read_rows
 from tasks.storage import DEFAULT_POLICY
@@ -31,6 +34,7 @@ from tests.chaos.harness import (
     workers_with_a_neighbour,
     write_clips,
 )
+from tests.scail.mini.two_acts import follows, two_acts
 from tests.tasks.emulators import BUCKET
 from tests.tasks.fault_proxy import Fault
 
@@ -53,18 +57,46 @@ def test_two_manifests_on_two_workers_load_the_model_twice(cluster, tmp_path):
 def test_processes_of_this_machine_have_a_gpu_each_prepare_beside_it_and_are_replaced(cluster, tmp_path, monkeypatch):
     before = cluster.gpu_of_each_load()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7,GPU-9")  # neither is here: the clips are rendered on the CPU
-    run = cluster.render(write_clips(tmp_path, [SLOW] * 6), tmp_path / "out", workers="2")
+    miniature = shutil.copytree(MINIATURE, tmp_path / "miniature")  # a record of its files is written there
+    run = cluster.render(write_acts(tmp_path), tmp_path / "out", workers="2", checkpoint=miniature)
     killed = wait_for_computing(run)
     wait_until(partial(workers_with_a_neighbour, run.output), "one clip is on a GPU and the next one waits for it")
     killed.kill()
 
-    assert_all_rendered(cluster, run, 6)
-    assert num_computed(run.output) <= 7
+    assert_all_rendered(cluster, run, 4)
+    assert num_computed(run.output) <= 5
+    assert_clips_follow_their_poses(run.output)
     (first, first_gpu), (second, second_gpu), (_, gpu_of_new) = [
         load for load in cluster.gpu_of_each_load().items() if load[0] not in before
     ]
     assert sorted((first_gpu, second_gpu)) == ["GPU-7", "GPU-9"]
     assert gpu_of_new == {first: first_gpu, second: second_gpu}[killed.pid]
+
+
+def write_acts(folder: Path) -> Path:
+    """A manifest for the miniature: a character in its own act and in another's, and both with another seed."""
+    acts = two_acts()
+    Image.fromarray(acts.first.reference).save(folder / "reference.png")
+    for name, item in (("own", acts.first), ("other", acts.second)):
+        encode_video(folder / f"{name}.mp4", item.pose, fps=16.0, metadata={})
+    rows = [
+        f"clip-{number},reference.png,{pose}.mp4,{SLOW},128,224,4,1,{number}\n"
+        for number, pose in enumerate(("own", "other", "own", "other"))
+    ]
+    path = folder / "manifest.csv"
+    path.write_text(
+        "clip_id,reference,pose,prompt,width,height,num_inference_steps,guidance_scale,seed\n" + "".join(rows)
+    )
+    return path
+
+
+def assert_clips_follow_their_poses(output: Path) -> None:
+    """Whichever worker rendered them, and whatever came between."""
+    acts = two_acts()
+    own, other = acts.first.truth, acts.exchanged
+    for clip_id, record in done_clips(output).items():
+        asked, not_asked = (own, other) if clip_id in {"clip-0", "clip-2"} else (other, own)
+        assert follows(read_video(output / record.video), asked, not_asked), clip_id
 
 
 def test_a_worker_killed_mid_clip_costs_one_clip(cluster, tmp_path):
