@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,13 +23,13 @@ WriteManifest = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prefect_api(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[None]:
+def prefect_api(migrated_database: Path) -> Iterator[None]:
     from prefect.testing.utilities import prefect_test_harness  # brings the whole server: two seconds of a core
 
-    folder = tmp_path_factory.mktemp("prefect")
-    shutil.copy(migrated_database, folder / "prefect-test.db")  # as Prefect's harness names it
+    folder = tempfile.mkdtemp()  # not one of pytest's: Prefect removes it when the process ends
+    shutil.copy(migrated_database, Path(folder) / "prefect-test.db")  # as Prefect's harness names it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prefect.testing.utilities.mkdtemp", lambda: str(folder))
+        patch.setattr("prefect.testing.utilities.mkdtemp", lambda: folder)
         with prefect_test_harness(server_startup_timeout=120):
             yield
 
