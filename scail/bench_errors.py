@@ -56,8 +56,10 @@ def error_rows(work: Workload) -> list[Row]:
     for path in _paths(work):
         runtime = RuntimeConfig(attention=path.attention, quantization=path.quantization, compiled=work.compiled)
         transformer = random_transformer(config, work.device, work.dtype, path.quantization)
-        prepare_transformer(transformer, work.device, work.dtype, runtime)
-        forward, latents = _computed(replace(pipeline, transformer=transformer), work.shape, *sides)
+        attention = prepare_transformer(transformer, work.device, work.dtype, runtime)
+        forward, latents = _computed(
+            replace(pipeline, transformer=transformer, attention=attention), work.shape, *sides
+        )
         steps = OFFICIAL.num_inference_steps
         rows += [
             Row(f"error of a forward, {path.name}", "%", 100 * relative(forward, exact[0]), note=note),

@@ -225,17 +225,20 @@ class Profile:
     Attributes:
         sampling: A row of the manifest may replace single values.
         quantization: Of the transformer's matrix products; where the device cannot do it, they stay exact.
+        attention: `float8`, likewise; exact if absent.
         step_distilled: Right only for weights into which a step-distilled LoRA was fused.
     """
 
     sampling: SamplingParams = OFFICIAL
     quantization: Quantization = "none"
+    attention: str | None = None
     step_distilled: bool = False
 
 
 PROFILES: dict[str, Profile] = {
     "exact": Profile(),
     "quality": Profile(quantization="fp8"),
+    "express": Profile(quantization="fp8", attention="float8"),  # what it costs is in docs/fidelity.md
     "fast": Profile(
         sampling=replace(OFFICIAL, num_inference_steps=4, guidance_scale=1.0), quantization="fp8", step_distilled=True
     ),

@@ -67,7 +67,7 @@ class Placement:
             policy: `auto` takes the first one for which the device has room.
             num_resident_blocks: Instead of what the policy's budget allows.
         """
-        self.device = device
+        device = self.device = _with_index(device)
         sizes = _Sizes.of(transformer, (vae, text_encoder, image_encoder), device)
         self.policy, budget = choose_policy(policy, sizes, device)
         self._waiting: list[Tensor] = []
@@ -118,6 +118,13 @@ class Placement:
                 logger.warning("the host's memory cannot be locked (CUDA error %d): streaming will be slow", error)
                 return
             locked.append(flat)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """As tensors name their device: `cuda` alone is equal to none of theirs."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _unlock(locked: list[Tensor], device: torch.device) -> None:

@@ -215,7 +215,7 @@ def quantize_weight(weight: Tensor, quantization: Quantization) -> tuple[Tensor,
 
 def quantize_blocks(transformer: ScailTransformer, quantization: Quantization = "fp8") -> None:
     """Replace a transformer's blocks by quantised ones, one after the other."""
-    for index, block in enumerate(transformer.transformer_blocks()):
+    for index, block in enumerate(list(transformer.transformer_blocks())):
         transformer.blocks[index] = QuantizedBlock(block, quantization)
 
 

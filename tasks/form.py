@@ -47,6 +47,7 @@ def _profile_help() -> str:
     for name, profile in PROFILES.items():
         how = [f"{_about(full_clip_seconds(profile))} a clip", f"{profile.sampling.num_inference_steps} steps"]
         how += ["float8"] if profile.quantization == "fp8" else []
+        how += ["attention too"] if profile.attention else []
         how += ["only for weights with a step-distilled LoRA"] if profile.step_distilled else []
         lines.append(f"- {name}: {', '.join(how)}")
     height, width = DEFAULT_SIZE

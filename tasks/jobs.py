@@ -143,8 +143,11 @@ def content_key(
         content["solver"] = params.solver
     seed = request.seed if request.seed is not None else int(_digest(content)[:8], 16)
     content["seed"] = seed  # the same under every arithmetic, so that their pictures can be compared
-    if (quantization := PROFILES[request.profile or default_profile].quantization) != "none":
-        content["quantization"] = quantization
+    profile = PROFILES[request.profile or default_profile]
+    if profile.quantization != "none":
+        content["quantization"] = profile.quantization
+    if profile.attention:
+        content["attention"] = profile.attention
     return _digest(content), replace(params, seed=seed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ PARTS_HELP = (
     "step), `errors` (of each fast path against the exact one), `vae`, `pose`."
 )
 MEMORY_QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "none")
-QUALITY_MINUTES = {"none": 8.0, "fp8": 5.7}
+EXACT_MINUTES, FLOAT8_MINUTES, FLOAT8_FORWARD_SECONDS = 8.0, 5.7, 3.3  # goals of a clip by the official recipe
 
 
 def measure(
@@ -79,7 +79,9 @@ def measure(
         rows += _float8(work, only, document, num_steps=num_steps, num_clips=num_clips)
         _release()
     if "int8" in only:
-        rows += _quantized(work, _model(work, _runtime(work, "int8")), document, num_steps=num_steps)
+        pipeline = _model(work, _runtime(work, "int8"))
+        rows += _quantized(work, pipeline, document, "int8", num_steps=num_steps)
+        del pipeline
         _release()
     if "workers" in only:
         rows += _workers(work, num_clips)
@@ -114,10 +116,9 @@ def _exact(
         return []
     forward = forward_rows(work, pipeline)
     document.setdefault("kernels", {})["forward, exact"] = _kernels(work, pipeline)
-    minutes = QUALITY_MINUTES["none"]
     return [
         *forward,
-        *clip_rows("exact", document["clip"], forward[0].reached, minutes=minutes),
+        *clip_rows("exact", document["clip"], forward[0].reached, minutes=EXACT_MINUTES),
         *compile_rows(work, "exact", document["clip"]),
     ]
 
@@ -125,27 +126,47 @@ def _exact(
 def _float8(
     work: Workload, only: tuple[str, ...], document: dict[str, Any], *, num_steps: int, num_clips: int
 ) -> list[Row]:
-    """The same with matrix products, and where the device has it self-attention, in float8; then a worker's clips."""
+    """The same with matrix products in float8, and a worker's clips by it; then with self-attention in float8 too."""
+    from scail.models.attention import FLOAT8_BACKENDS, choose_attention
+
     pipeline = _model(work, _runtime(work, "fp8"))
-    rows = _quantized(work, pipeline, document, num_steps=num_steps) if "float8" in only else []
-    return [*rows, *(_warm_worker(work, pipeline, num_clips) if "clips" in only else [])]
+    rows: list[Row] = []
+    if "float8" in only:
+        rows += _quantized(work, pipeline, document, "float8 products", num_steps=num_steps)
+    if "clips" in only:
+        rows += _warm_worker(work, pipeline, num_clips)
+    attention = choose_attention(work.device, work.dtype, "float8")
+    if "float8" in only and attention in FLOAT8_BACKENDS:
+        pipeline.transformer.use_attention(attention)
+        pipeline = replace(pipeline, attention=attention)
+        goals = {"minutes": FLOAT8_MINUTES, "seconds": FLOAT8_FORWARD_SECONDS}
+        rows += _quantized(work, pipeline, document, "float8 products and attention", num_steps=num_steps, **goals)
+    return rows
 
 
-def _quantized(work: Workload, pipeline: ScailPipeline, document: dict[str, Any], *, num_steps: int) -> list[Row]:
+def _quantized(
+    work: Workload,
+    pipeline: ScailPipeline,
+    document: dict[str, Any],
+    name: str,
+    *,
+    num_steps: int,
+    minutes: float | None = None,
+    seconds: float | None = None,
+) -> list[Row]:
+    """One path's stages, forward, kernels, whole clips; `minutes` and `seconds` are the goals of clip and forward."""
     from scail.bench import bench_clip
-    from scail.bench_goals import LABELS, clip_rows, compile_rows, quantized_rows
+    from scail.bench_goals import clip_rows, compile_rows, quantized_rows
 
-    quantization = pipeline.quantization
-    label = LABELS[quantization]
-    runtime = _runtime(work, quantization)
+    runtime = replace(_runtime(work, pipeline.quantization), attention=pipeline.attention)
     result = bench_clip(**_clip_of(work, runtime), num_steps=num_steps, pipeline=pipeline)
-    document[f"clip, {label}"] = result
-    document.setdefault("kernels", {})[f"forward, {label}"] = _kernels(work, pipeline)
-    rows = quantized_rows(work, pipeline)
+    document[f"clip, {name}"] = result
+    document.setdefault("kernels", {})[f"forward, {name}"] = _kernels(work, pipeline)
+    rows = quantized_rows(work, pipeline, name=name, goal=seconds)
     return [
         *rows,
-        *clip_rows(label, result, rows[0].reached, minutes=QUALITY_MINUTES.get(quantization)),
-        *compile_rows(work, label, result),
+        *clip_rows(name, result, rows[0].reached, minutes=minutes),
+        *compile_rows(work, name, result),
     ]
 
 
@@ -187,11 +208,9 @@ def _workers(work: Workload, num_clips: int) -> list[Row]:
 
 
 def _runtime(work: Workload, quantization: Quantization) -> RuntimeConfig:
-    """How the path of a quantisation runs; `fp8` has its attention in float8 too."""
     from scail.config import RuntimeConfig
 
-    attention = "float8" if quantization == "fp8" else None
-    return RuntimeConfig(compiled=work.compiled, quantization=quantization, attention=attention)
+    return RuntimeConfig(compiled=work.compiled, quantization=quantization)
 
 
 def _model(work: Workload, runtime: RuntimeConfig) -> ScailPipeline:

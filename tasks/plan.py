@@ -203,7 +203,8 @@ def _in_order(jobs: list[ClipJob], hashes: Hashes) -> tuple[ClipJob, ...]:
     def place(job: ClipJob) -> tuple[int, ...]:
         request = job.request
         inputs = (hashes[request.pose], hashes[request.reference], (request.prompt, request.negative_prompt))
-        shared = (PROFILES[job.profile].quantization, *inputs)
+        profile = PROFILES[job.profile]
+        shared = ((profile.quantization, profile.attention), *inputs)
         ranks = (seen.setdefault(value, len(seen)) for seen, value in zip(places, shared, strict=True))
         return (-request.priority, *ranks)
 

@@ -331,10 +331,14 @@ def clip_metrics(
 
 def notes_of(job: ClipJob, pipeline: ScailPipeline) -> tuple[str, ...]:
     """Where a clip was rendered in another way than was asked for."""
+    from scail.models.attention import FLOAT8_BACKENDS
+
     profile, notes = PROFILES[job.profile], []
     if profile.quantization not in {"none", pipeline.quantization}:
         instead = "exact products" if pipeline.quantization == "none" else pipeline.quantization
         notes.append(f"profile {job.profile} asks for {profile.quantization}; rendered with {instead}")
+    if profile.attention and pipeline.attention not in FLOAT8_BACKENDS:
+        notes.append(f"profile {job.profile} asks for attention in {profile.attention}; rendered with an exact one")
     if profile.step_distilled and not pipeline.loras:
         notes.append(f"profile {job.profile} is for step-distilled weights; no LoRA is known to be in these")
     return (*notes, *([room.note] if room.note else []))

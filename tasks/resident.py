@@ -58,6 +58,7 @@ def pipeline_spec(
 ) -> PipelineSpec:
     """The pipeline for a clip of a profile, as this machine's settings and its memory allow."""
     runtime = RuntimeConfig(
+        attention=PROFILES[profile].attention,
         quantization=PROFILES[profile].quantization,
         compiled=settings.compiled,
         memory=room.policy or settings.memory,

@@ -1,7 +1,8 @@
 """The Triton kernels; import this module only where Triton is.
 
 One program works on one row, and a row's memory is read once: it waits in registers, or in the first-level cache,
-between the reduction over it and what is done with the result. Roundings are those of the plain versions.
+between the reduction over it and what is done with the result. Roundings are those of the plain versions. Numbers are
+compile-time constants: the compiler of a whole graph would hand them over in float64, and all that meets them is too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _TINY = tl.constexpr(1e-12)
 
 @triton.jit
 def _qk_norm_rotary_kernel(
-    qkv, weight_q, weight_k, cos, sin, query, key, length, eps,
-    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    qkv, weight_q, weight_k, cos, sin, query, key, length,
+    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -36,7 +37,7 @@ def _qk_norm_rotary_kernel(
         at = start + tl.arange(0, BLOCK)
         x = tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32)
         squares += x * x
-    inverse = tl.rsqrt(tl.sum(squares) / SIZE + eps)
+    inverse = tl.rsqrt(tl.sum(squares) / SIZE + EPS)
     table = (row % length) * HALF_HEAD
     for start in range(0, SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -60,8 +61,8 @@ def qk_norm_rotary(
     shape = (batch_size, length, size // head_size, head_size)
     query, key = qkv.new_empty(shape), qkv.new_empty(shape)
     wrap_triton(_qk_norm_rotary_kernel)[(batch_size * length, 2)](
-        qkv, weight_q, weight_k, cos, sin, query, key, length, eps,
-        SIZE=size, HALF_HEAD=head_size // 2, BLOCK=min(1024, triton.next_power_of_2(size)), num_warps=4,
+        qkv, weight_q, weight_k, cos, sin, query, key, length,
+        SIZE=size, HALF_HEAD=head_size // 2, BLOCK=min(1024, triton.next_power_of_2(size)), EPS=eps, num_warps=4,
     )  # fmt: skip
     return query, key
 
@@ -100,8 +101,8 @@ def quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _norm_quantize_kernel(
-    source, update, gate, factor, offset, total, target, scales, length, gate_stride, stride, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr,
+    source, update, gate, factor, offset, total, target, scales, length, gate_stride, stride,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     item = row // length
@@ -117,7 +118,7 @@ def _norm_quantize_kernel(
         tl.store(total + row * SIZE + at, rounded, mask=inside)
         x = rounded.to(tl.float32)
     centred = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred) / SIZE + eps)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / SIZE + EPS)
     scale = tl.load(factor + item * stride + at, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(offset + item * stride + at, mask=inside, other=0.0).to(tl.float32)
     _store_quantized(normed * scale + shift, target, scales, row, at, SIZE)
@@ -162,9 +163,9 @@ def _launch_norm(
         length,
         0 if gate is None or len(gate) == 1 else size,
         0 if len(factor) == 1 else size,
-        eps,
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
+        EPS=eps,
         HAS_UPDATE=update is not None,
         HAS_GATE=gate is not None,
         num_warps=8,

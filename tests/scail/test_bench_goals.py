@@ -77,8 +77,9 @@ def test_diffusers_network_takes_any_number_of_tokens():
 
 
 def test_a_quantised_forward_has_no_ceiling_where_there_is_no_float8(tiny_pipeline):
-    (row,) = quantized_rows(WORK, tiny_pipeline)
+    (row,) = quantized_rows(WORK, tiny_pipeline, name="float8 products", goal=3.3)
 
+    assert row.figure == "forward, float8 products"
     assert is_a_time(row.reached)
     assert row.beside is None
 

@@ -435,12 +435,15 @@ def test_without_a_cheaper_policy_the_clip_fails(media, checkpoint, tmp_path, mo
 
 
 def test_a_profile_whose_arithmetic_is_not_to_be_had_is_rendered_exactly_and_says_so(media, checkpoint, tmp_path):
-    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint)).model_copy(update={"profile": "quality"})
+    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint)).model_copy(update={"profile": "express"})
 
     metrics = render_clip.fn(clip, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint)).metrics
 
-    assert (metrics.profile, metrics.quantization) == ("quality", "none")
-    assert metrics.notes == ("profile quality asks for fp8; rendered with exact products",)
+    assert (metrics.profile, metrics.quantization, metrics.attention) == ("express", "none", "sdpa")
+    assert metrics.notes == (
+        "profile express asks for fp8; rendered with exact products",
+        "profile express asks for attention in float8; rendered with an exact one",
+    )
 
 
 def test_a_lora_of_the_settings_is_in_the_pixels_the_fingerprint_and_the_metrics(
