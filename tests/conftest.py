@@ -14,14 +14,17 @@ import pytest
 TESTS = Path(__file__).parent
 
 # Tests that share what takes long to start, a cluster or a Prefect server, stay in one process. There are three
-# clusters: tests that wait for something to die or to come back may do so beside one another.
+# clusters, and two servers: tests that wait for something to die or to come back may do so beside one another.
 SHARING = {
     "chaos/test_faults.py": "the first cluster",
     "chaos/test_unattended.py": "the second cluster",
     "chaos": "the third cluster",
-    "flows": "a server",
+    "flows/test_deployments.py": "the second server",
+    "flows/test_watch_inbox.py": "the second server",
+    "flows": "the first server",
 }
 COMPUTING_NICENESS = 10
+BESIDE_CHAOS = pytest.StashKey[bool]()  # whether this run kills real processes, too
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; as `scail` does, and for its reason
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -54,10 +57,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return BySharedFixtures(config, log)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.stash[BESIDE_CHAOS] = any(item.get_closest_marker("chaos") for item in session.items)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Of many processes on few cores those that measure how soon others react go before those that compute."""
-    if "PYTEST_XDIST_WORKER" in os.environ and "chaos" not in item.path.parts:
+    is_shared = "PYTEST_XDIST_WORKER" in os.environ and item.session.stash[BESIDE_CHAOS]
+    if is_shared and not item.get_closest_marker("chaos"):
         os.nice(max(0, COMPUTING_NICENESS - os.nice(0)))
 
 
