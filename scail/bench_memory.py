@@ -11,6 +11,7 @@ import torch
 from scail.bench import bench_clip, random_pipeline
 from scail.bench_goals import LABELS, Row, Workload, forward_seconds
 from scail.config import POLICIES, PlacementPolicy, Quantization, RuntimeConfig
+from scail.memory import with_index
 from scail.timing import GIB
 
 GB = 1000**3
@@ -64,6 +65,7 @@ def _capped(device: torch.device, cap_gb: float | None) -> Iterator[None]:
         yield
         return
     torch.cuda.empty_cache()
+    device = with_index(device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gb or total / GB) * GB / total), device)
     try:

@@ -67,7 +67,7 @@ class Placement:
             policy: `auto` takes the first one for which the device has room.
             num_resident_blocks: Instead of what the policy's budget allows.
         """
-        device = self.device = _with_index(device)
+        device = self.device = with_index(device)
         sizes = _Sizes.of(transformer, (vae, text_encoder, image_encoder), device)
         self.policy, budget = choose_policy(policy, sizes, device)
         self._waiting: list[Tensor] = []
@@ -120,7 +120,7 @@ class Placement:
             locked.append(flat)
 
 
-def _with_index(device: torch.device) -> torch.device:
+def with_index(device: torch.device) -> torch.device:
     """As tensors name their device: `cuda` alone is equal to none of theirs."""
     if device.type != "cuda" or device.index is not None:
         return device

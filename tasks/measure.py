@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from scail import ScailPipeline
     from scail.bench_goals import Row, Workload
     from scail.config import RuntimeConfig
+    from tasks.warm_worker import BusyTimes
+
+logger = logging.getLogger(__name__)
 
 # What each of them measures is in `PARTS_HELP`; those that build the whole model stand together.
 PARTS = ("clip", "forward", "float8", "int8", "clips", "workers", "memory", "load", "errors", "vae", "pose")
@@ -171,7 +175,6 @@ def _quantized(
 
 
 def _warm_worker(work: Workload, pipeline: ScailPipeline, num_clips: int) -> list[Row]:
-    from scail.bench_goals import Row
     from tasks.warm_worker import render_clips, write_clips
 
     params = PROFILES["fast"].sampling
@@ -181,11 +184,7 @@ def _warm_worker(work: Workload, pipeline: ScailPipeline, num_clips: int) -> lis
             folder, num_clips=num_clips + 1, num_frames=work.num_frames, height=work.height, width=work.width
         )
         times = render_clips(pipeline, clips, folder, params)
-    note = f"{num_clips} clips of the fast profile, after a first one"
-    return [
-        Row("warm worker, a clip", "s", times.seconds_per_clip, 17.0, note=note),
-        Row("warm worker, GPU busy", "%", 100 * times.busy_share, 97.0, at_least=True, note=note),
-    ]
+    return _worker_rows("warm worker", times, f"{num_clips} clips of the fast profile, after a first one")
 
 
 def _workers(work: Workload, num_clips: int) -> list[Row]:
@@ -200,11 +199,28 @@ def _workers(work: Workload, num_clips: int) -> list[Row]:
         raise RefusedError("--only names workers, which wants two GPUs or more; one is here")
     plan = WorkerPlan(work, _runtime(work, "fp8"), PROFILES["fast"].sampling, num_clips)
     with Fleet(plan, num_workers) as fleet:
-        alone = fleet.clips_per_hour([0])
-        together = fleet.clips_per_hour(range(num_workers))
-    goal = 1.97 if num_workers == 2 else None
-    note = f"clips an hour of one; {num_clips} clips of the fast profile each"
-    return [Row(f"{num_workers} workers", "x", together / alone, goal, at_least=True, beside=alone, note=note)]
+        [alone] = fleet.render([0])
+        logger.info("alone: %.1f clips an hour, busy %.2f %%", alone.clips_per_hour, 100 * alone.busy_share)
+        together = fleet.render(range(num_workers))
+    note = f"{num_clips} clips of the fast profile each, after a first one"
+    ratio = sum(times.clips_per_hour for times in together) / alone.clips_per_hour
+    return [
+        *_worker_rows("one worker", alone, note),
+        *(row for number, times in enumerate(together) for row in _worker_rows(f"worker {number} of all", times, note)),
+        Row(
+            f"{num_workers} workers", "x", ratio, 1.97 if num_workers == 2 else None, at_least=True,
+            beside=alone.clips_per_hour, note="clips an hour of one",
+        ),
+    ]  # fmt: skip
+
+
+def _worker_rows(name: str, times: BusyTimes, note: str) -> list[Row]:
+    from scail.bench_goals import Row
+
+    return [
+        Row(f"{name}, a clip", "s", times.seconds_per_clip, 17.0, note=note),
+        Row(f"{name}, GPU busy", "%", 100 * times.busy_share, 97.0, at_least=True, note=note),
+    ]
 
 
 def _runtime(work: Workload, quantization: Quantization) -> RuntimeConfig:

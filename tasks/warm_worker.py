@@ -43,6 +43,10 @@ class BusyTimes:
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
     @property
+    def clips_per_hour(self) -> float:
+        return 3600 / self.seconds_per_clip
+
+    @property
     def busy_share(self) -> float:
         """Of the time between the first clip's end and the last one's, that in which a clip was on the GPU."""
         ends = [end for _, end in self.spans]
@@ -131,8 +135,8 @@ class Fleet:
             self._connections.append(ours)
             self.processes.append(process)
 
-    def clips_per_hour(self, workers: Iterable[int]) -> float:
-        """Of the given workers together, while the others wait.
+    def render(self, workers: Iterable[int]) -> list[BusyTimes]:
+        """All clips once by each of the given workers at the same time, while the others wait.
 
         Raises:
             RuntimeError: If a worker has died.
@@ -141,7 +145,7 @@ class Fleet:
         try:
             for connection in asked:
                 connection.send("render")
-            return sum(3600 / times.seconds_per_clip for times in [connection.recv() for connection in asked])
+            return [connection.recv() for connection in asked]
         except (EOFError, ConnectionError) as error:
             raise RuntimeError("a worker of the benchmark has died; its own message is above") from error
 

@@ -35,10 +35,11 @@ def test_a_fleet_renders_in_processes_of_its_own_and_says_when_one_has_died():
     plan = WorkerPlan(work, EXACT, SamplingParams(num_inference_steps=1, guidance_scale=1.0), num_clips=2)
 
     with Fleet(plan, 2) as fleet:
-        assert fleet.clips_per_hour([0]) > 0
-        assert fleet.clips_per_hour([0, 1]) > 0
+        [alone] = fleet.render([0])
+        together = fleet.render([0, 1])
         fleet.processes[1].kill()
         with pytest.raises(RuntimeError, match="has died"):
-            fleet.clips_per_hour([1])
+            fleet.render([1])
 
+    assert all(len(times.spans) == 3 and times.clips_per_hour > 0 for times in (alone, *together))
     assert not any(process.is_alive() for process in fleet.processes)
