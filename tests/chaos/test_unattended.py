@@ -287,7 +287,7 @@ def test_what_a_dead_machine_left_is_finished_its_place_is_free_and_the_inbox_is
     studio, tmp_path
 ):
     output = tmp_path / "out"
-    upload(studio, tmp_path, "held.csv", *["slow 1"] * 8)
+    upload(studio, tmp_path, "held.csv", *[f"{SLOWER} the-machine-is-gone"] * 12)
     look = start_a_look(studio)
     wait_until(lambda: attempts_started(studio, "held"), "a look renders what it found", 60, every=0.3)
     flow_run_id = studio.start(write_clips(tmp_path, [SLOW] * 12), output)
@@ -296,6 +296,7 @@ def test_what_a_dead_machine_left_is_finished_its_place_is_free_and_the_inbox_is
 
     before = places_taken(studio)
     kill_tree(studio.cluster.processes.pop("coordinator"))
+    studio.cluster.let_go("the-machine-is-gone")
     since = time.monotonic()
     storage.delete(f"{studio.root}/inbox/held.csv")  # no other look is to take it and its place
     set_schedule(studio, on=True)
