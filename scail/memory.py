@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 BALANCED_BYTES = 22_000_000_000  # what a card of 24 GB has beside a desktop and the CUDA context
 ALIGNMENT = 256  # bytes; the strictest kernel asks for 128
+BESIDE_BYTES = 2_000_000_000  # the context, and handles of cuBLAS and cuDNN for each thread: not of torch's allocator
 SHARE_TO_USE = 0.92  # of the free memory, when the budget is made of it: the allocator loses some between its blocks
 
 _ACTIVATIONS = 12  # tensors of tokens × hidden size that are alive at once in a block's MLP, rounded up
@@ -68,6 +69,7 @@ class Placement:
             num_resident_blocks: Instead of what the policy's budget allows.
         """
         device = self.device = with_index(device)
+        leave_room(device)
         sizes = _Sizes.of(transformer, (vae, text_encoder, image_encoder), device)
         self.policy, budget = choose_policy(policy, sizes, device)
         self._waiting: list[Tensor] = []
@@ -118,6 +120,16 @@ class Placement:
                 logger.warning("the host's memory cannot be locked (CUDA error %d): streaming will be slow", error)
                 return
             locked.append(flat)
+
+
+def leave_room(device: torch.device) -> None:
+    """Let torch's allocator keep less than the whole device: what it keeps for later is lost to everybody else.
+
+    Without this a first clip that fills its cache leaves nothing for the handles of the next clip's thread.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(0.5, 1 - BESIDE_BYTES / total), device)
 
 
 def with_index(device: torch.device) -> torch.device:

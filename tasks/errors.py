@@ -143,7 +143,7 @@ def device_faults_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if "out of memory" in text:
+        if "out of memory" in text or "_STATUS_ALLOC_FAILED" in text:  # cuBLAS and cuDNN say it in their own words
             raise OutOfMemoryError(text) from error
         if type(error).__name__ == "AcceleratorError" or "CUDA error" in text:
             raise DeviceFaultError(text) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,3 +258,17 @@ def test_on_a_gpu_a_checkpoint_arrives_whole_under_every_policy(policy, tiny_che
     found = {key: tensor.cpu() for key, tensor in networks.transformer.state_dict().items()}
     for key, tensor in expected.state_dict().items():
         assert (found[key].float() - tensor.float()).abs().max() <= (1 if tensor.dtype == torch.int8 else 1e-6), key
+
+
+@pytest.mark.parametrize(("total", "left"), [(80e9, 2e9), (24e9, 2e9), (3e9, 1.5e9)])
+def test_torch_may_not_keep_the_whole_device(monkeypatch, total, left):
+    shares = {}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=int(total)))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.update({device.index: share})
+    )
+
+    memory.leave_room(torch.device("cuda", 1))
+    memory.leave_room(CPU)
+
+    assert {index: round(total * (1 - share)) for index, share in shares.items()} == {1: round(left)}

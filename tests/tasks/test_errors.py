@@ -71,6 +71,7 @@ def test_prefect_leaves_what_belongs_elsewhere_to_the_window():
     [
         ("CUDA error: device-side assert triggered", errors.DeviceFaultError),
         ("CUDA error: out of memory", OutOfMemoryError),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", OutOfMemoryError),
         ("shapes do not match", RuntimeError),
     ],
 )
