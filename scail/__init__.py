@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from scail.config import SamplingParams
+from scail.config import PROFILES, RuntimeConfig, SamplingParams
 from scail.errors import (
     CheckpointError,
     EncodeError,
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "PROFILES",
     "CheckpointError",
     "EncodeError",
     "GenerationError",
     "Interrupted",
     "InvalidInputError",
     "OutOfMemoryError",
+    "RuntimeConfig",
     "SamplingParams",
     "ScailError",
     "ScailOutput",

@@ -234,6 +234,10 @@ class Profile:
     attention: str | None = None
     step_distilled: bool = False
 
+    def applied_to(self, runtime: RuntimeConfig) -> RuntimeConfig:
+        """`runtime` with this profile's arithmetic."""
+        return replace(runtime, quantization=self.quantization, attention=self.attention)
+
 
 PROFILES: dict[str, Profile] = {
     "exact": Profile(),

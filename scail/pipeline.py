@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from scail.checkpoint import load_networks, load_tokenizer
 from scail.config import (
     EXACT,
     OFFICIAL,
+    PROFILES,
     SPATIAL_STRIDE,
     PlacementPolicy,
     Quantization,
@@ -24,17 +26,20 @@ from scail.config import (
     Solver,
 )
 from scail.encodings import EncodingCache
-from scail.errors import OutOfMemoryError
-from scail.fingerprint import read_loras
+from scail.errors import InvalidInputError, OutOfMemoryError
+from scail.fingerprint import read_loras, read_quantization
 from scail.memory import Placement
 from scail.models.attention import choose_attention
 from scail.models.image_encoder import ImageEncoder
 from scail.models.text_encoder import TextEncoder
 from scail.models.transformer import ScailTransformer
 from scail.models.vae import VideoVae
+from scail.quantization import is_fast_on
 from scail.sampling import denoise, flow_sigmas, guide
 from scail.timing import StageClock
 from scail.types import ClipPixels, Conditioning, LatentShape, ScailOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,30 @@ class ScailPipeline:
         *,
         device: str | torch.device = "cuda",
         dtype: torch.dtype = torch.bfloat16,
+        profile: str | None = None,
         runtime: RuntimeConfig = EXACT,
     ) -> ScailPipeline:
         """Load a checkpoint folder, as `scail convert` writes it.
 
+        Args:
+            checkpoint_dir: The folder.
+            device: Where every stage computes.
+            dtype: Of weights and activations.
+            profile: A name of `PROFILES`, whose arithmetic is taken as far as it can be had; its sampling is
+                `PROFILES[profile].sampling`, to be given with each clip.
+            runtime: How the model is run.
+
         Raises:
             CheckpointError: If a file or a weight is missing, extra, misshapen or unreadable, or a LoRA does not fit.
-            InvalidInputError: If the checkpoint is quantised, and a LoRA or another arithmetic is asked for.
+            InvalidInputError: If there is no such profile, or the checkpoint is quantised, and a LoRA or another
+                arithmetic is asked for.
             OutOfMemoryError: If the device has no room for the weights under the memory policy.
         """
         path, device = Path(checkpoint_dir), torch.device(device)
+        if profile is not None:
+            if profile not in PROFILES:
+                raise InvalidInputError(f"profile is {profile!r}; expected one of {', '.join(PROFILES)}.")
+            runtime = attainable(PROFILES[profile].applied_to(runtime), path, device)
         tokenizer = load_tokenizer(path)
         try:
             networks = load_networks(path, device=device, dtype=dtype, runtime=runtime)
@@ -252,6 +271,18 @@ class ScailPipeline:
     def decode_pieces(self, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
         """The frames of `decode`, a few at a time, each when it is there."""
         return preprocess.to_frames(self.vae.decode_pieces(latents))
+
+
+def attainable(runtime: RuntimeConfig, checkpoint_dir: Path, device: torch.device) -> RuntimeConfig:
+    """Quantised as the checkpoint is, if it is; not at all where the device would be no faster for it."""
+    if runtime.quantization == "none":
+        return runtime
+    if (stored := read_quantization(checkpoint_dir)) != "none":
+        return replace(runtime, quantization=stored)
+    if is_fast_on(device, runtime.quantization):
+        return runtime
+    logger.warning("%s is not fast on %s: its matrix products stay exact", runtime.quantization, device)
+    return replace(runtime, quantization="none")
 
 
 def prepare_transformer(

@@ -57,14 +57,8 @@ def pipeline_spec(
     checkpoint: str, fingerprint: str, *, profile: str = DEFAULT_PROFILE, settings: Settings
 ) -> PipelineSpec:
     """The pipeline for a clip of a profile, as this machine's settings and its memory allow."""
-    runtime = RuntimeConfig(
-        attention=PROFILES[profile].attention,
-        quantization=PROFILES[profile].quantization,
-        compiled=settings.compiled,
-        memory=room.policy or settings.memory,
-        loras=settings.loras(),
-    )
-    return PipelineSpec(checkpoint, fingerprint, settings.device, settings.dtype, runtime)
+    runtime = RuntimeConfig(compiled=settings.compiled, memory=room.policy or settings.memory, loras=settings.loras())
+    return PipelineSpec(checkpoint, fingerprint, settings.device, settings.dtype, PROFILES[profile].applied_to(runtime))
 
 
 class ResidentPipeline:
@@ -112,8 +106,7 @@ load_pipeline = ResidentPipeline()
 
 def _load(spec: PipelineSpec) -> ScailPipeline:
     from scail import CheckpointError, ScailPipeline
-    from scail.fingerprint import read_quantization
-    from scail.quantization import is_fast_on
+    from scail.pipeline import attainable
 
     folder, runtime = local_checkpoint(spec.checkpoint, Settings()), spec.runtime
     if (found := model_fingerprint(folder, runtime.loras)) != spec.fingerprint:
@@ -125,12 +118,7 @@ def _load(spec: PipelineSpec) -> ScailPipeline:
     start = time.perf_counter()
     keep_compiled(Settings().cache_dir)
     device, dtype = choose_device(spec.device, spec.dtype)
-    if runtime.quantization != "none":
-        if (stored := read_quantization(folder)) != "none":
-            runtime = replace(runtime, quantization=stored)
-        elif not is_fast_on(device, runtime.quantization):
-            logger.warning("%s is not fast on %s: its matrix products stay exact", runtime.quantization, device)
-            runtime = replace(runtime, quantization="none")
+    runtime = attainable(runtime, folder, device)
     pipeline = ScailPipeline.from_pretrained(folder, device=device, dtype=dtype, runtime=runtime)
     logger.info(
         "loaded %s on %s as %s, %s, %s in %.1f s",

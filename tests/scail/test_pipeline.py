@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -313,6 +314,18 @@ def test_bfloat16_renders_the_same_clip_but_for_rounding(tiny_checkpoint, pipeli
     latents, expected = (output.latents for output in outputs)
     assert latents.dtype == torch.float32
     assert 0 < (latents - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_profile_is_taken_as_far_as_the_device_has_it(tiny_checkpoint, caplog):
+    load = partial(ScailPipeline.from_pretrained, tiny_checkpoint, device="cpu", dtype=torch.float32)
+
+    express = load(profile="express")
+
+    assert (express.quantization, express.attention) == ("none", "sdpa")  # a CPU is no faster for either
+    assert ["fp8 is not fast on cpu" in caplog.text, "attention float8 cannot be had" in caplog.text] == [True, True]
+    assert load(profile="exact").quantization == "none"
+    with pytest.raises(InvalidInputError, match=r"profile is 'turbo'; expected one of exact, quality, express, fast\."):
+        load(profile="turbo")
 
 
 @pytest.mark.parametrize("folder", ["transformer", "vae", "text_encoder", "image_encoder", "tokenizer"])
