@@ -172,14 +172,25 @@ def _floor(work: Workload, matmul: float, attention: str) -> float:
     return linear / matmul + (flop - linear) / rate
 
 
-@torch.inference_mode()
 def forward_seconds(pipeline: ScailPipeline, work: Workload) -> float:
     """One pass of one side of the guidance."""
+    return median_seconds(forward_of(pipeline, work), work.device, repeats=3, warm_up=1)
+
+
+@torch.inference_mode()
+def forward_of(pipeline: ScailPipeline, work: Workload) -> Callable[[], Tensor]:
+    """A call that computes it, on noise and encodings of nothing."""
     prepared = pipeline.transformer.prepare(random_conditioning(work.config, work.shape, work.device, work.dtype))
     grid = (1, 16, work.shape.num_frames, work.shape.height, work.shape.width)
     latents = torch.randn(grid, device=work.device, dtype=work.dtype)
     timestep = torch.tensor([500.0], device=work.device)
-    return median_seconds(lambda: pipeline.transformer(latents, timestep, prepared), work.device, repeats=3, warm_up=1)
+
+    @torch.inference_mode()
+    def forward() -> Tensor:
+        velocity: Tensor = pipeline.transformer(latents, timestep, prepared)
+        return velocity
+
+    return forward
 
 
 def clip_rows(name: str, result: dict[str, Any], forward: float, *, minutes: float | None) -> list[Row]:

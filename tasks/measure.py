@@ -236,9 +236,9 @@ def _model(work: Workload, runtime: RuntimeConfig) -> ScailPipeline:
 
 
 def _kernels(work: Workload, pipeline: ScailPipeline) -> list[dict[str, Any]]:
-    from scail.bench_goals import forward_seconds, top_kernels
+    from scail.bench_goals import forward_of, top_kernels
 
-    return top_kernels(lambda: forward_seconds(pipeline, work), work.device)
+    return top_kernels(forward_of(pipeline, work), work.device)
 
 
 def _clip_of(work: Workload, runtime: RuntimeConfig) -> dict[str, Any]:
