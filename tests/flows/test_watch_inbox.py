@@ -111,19 +111,21 @@ def test_a_killed_watchers_upload_is_taken_over_by_one_that_waits(checkpoint, tm
     shutil.copytree(media, Path(root) / "inbox")
     data = upload(root, *(f"quay {number}" for number in range(4)))
     claims = claim_uri(f"{root}/inbox", "2026-11-spring.csv", data)
+
+    def outcomes():
+        return [claim.outcome for claim in read_claims(claims, policy=Settings().storage_policy())]
+
     first = watcher(root, checkpoint, tmp_path)
-    wait_until(lambda: read_claims(claims, policy=Settings().storage_policy()), "the first has it")
+    wait_until(outcomes, "the first has it")
     second = watcher(root, checkpoint, tmp_path, "--every", "1")
     wait_until(lambda: storage.list_files(f"{root}/renders/2026-11-spring/done"), "a clip is done")
 
     first.kill()
     first.wait()
-    wait_until(lambda: storage.list_files(f"{root}/done"), "the upload is done")
+    wait_until(lambda: outcomes() == [None, "done"], "the second is done with it")  # which it says last of all
     second.terminate()
     second.wait()
 
-    taken = read_claims(claims, policy=Settings().storage_policy())
-    assert [claim.outcome for claim in taken] == [None, "done"]
     assert len(storage.list_files(f"{root}/renders/2026-11-spring/done")) == 4
     note = storage.read_bytes(f"{root}/done/2026-11-spring.csv.txt").decode()
     assert "0 failed" in note
