@@ -22,14 +22,13 @@ from scail.bench_peers import (
     median_seconds,
     peak_gib,
 )
-from scail.config import DEFAULT_SIZE, MAX_FRAMES, ModelConfig, Quantization
+from scail.config import DEFAULT_SIZE, MAX_FRAMES, ModelConfig
 from scail.pipeline import ScailPipeline
 from scail.types import LatentShape, num_tokens
 
 _FLOOR_NOTE = "sum of the ceilings"
 
 QUALITY_STEPS, FAST_STEPS = 50, 4
-LABELS: dict[Quantization, str] = {"none": "exact", "fp8": "float8", "int8": "int8"}  # of the paths
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import torch
 
 from scail.bench import bench_clip, random_pipeline
-from scail.bench_goals import LABELS, Row, Workload, forward_seconds
+from scail.bench_goals import Row, Workload, forward_seconds
 from scail.config import POLICIES, PlacementPolicy, Quantization, RuntimeConfig
 from scail.memory import with_index
 from scail.timing import GIB
 
 GB = 1000**3
+LABELS: dict[Quantization, str] = {"none": "exact", "fp8": "float8", "int8": "int8"}
 CAPS_GB: dict[PlacementPolicy, float] = {"balanced": 24.0, "low": 17.0}  # that a whole clip is rendered within
 PEAK_GOALS_GB: dict[PlacementPolicy, float] = {"balanced": 22.0, "low": 16.0}
 SLOWDOWN_GOALS_PERCENT: dict[PlacementPolicy, float] = {"balanced": 3.0, "low": 25.0}

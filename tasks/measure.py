@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from tasks.resident import choose_device
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
     from scail import ScailPipeline
     from scail.bench_goals import Row, Workload
     from scail.config import RuntimeConfig
@@ -50,59 +53,65 @@ def measure(
     """Lines for the terminal, and the same as a JSON document.
 
     Raises:
-        RefusedError: If there is no such model or part.
+        RefusedError: If there is no such model or part, or a part wants more GPUs than are here.
     """
     from scail.bench import device_name
-    from scail.bench_errors import error_rows
-    from scail.bench_goals import Workload, pose_rows, rows_table, vae_rows, without_goals
-    from scail.bench_load import load_rows
-    from scail.bench_memory import memory_rows
+    from scail.bench_goals import Workload, rows_table, without_goals
     from scail.config import SCAIL_14B, SCAIL_TINY
 
     models = {"14b": SCAIL_14B, "tiny": SCAIL_TINY}
     if model not in models:
         raise RefusedError(f"model is {model!r}; expected one of {', '.join(models)}")
-    only = tuple(only)
-    if unknown := [part for part in only if part not in PARTS]:
-        raise RefusedError(f"--only names {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
-    settings = Settings()
+    settings, only = Settings(), tuple(only)
     device, dtype = choose_device(settings.device, settings.dtype)
+    _check_parts(only, device)
     work = Workload(models[model], device, dtype, num_frames, height, width, compiled=settings.compiled)
     lines: list[str] = []
     document: dict[str, Any] = {"device": device_name(device), "model": work.config.name}
     rows: list[Row] = []
-    if "vae" in only:
-        rows += vae_rows(work)
-        _release()
-    if "pose" in only:
-        rows += pose_rows(work)
-    if {"clip", "forward"} & {*only}:
-        rows += _exact(work, only, document, lines, num_steps=num_steps)
-        _release()
-    if {"float8", "clips"} & {*only}:
-        rows += _float8(work, only, document, num_steps=num_steps, num_clips=num_clips)
-        _release()
-    if "int8" in only:
-        pipeline = _model(work, _runtime(work, "int8"))
-        rows += _quantized(work, pipeline, document, "int8", num_steps=num_steps)
-        del pipeline
-        _release()
-    if "workers" in only:
-        rows += _workers(work, num_clips)
-    if "memory" in only:
-        for quantization in MEMORY_QUANTIZATIONS:
-            rows += memory_rows(work, quantization)
+    for parts, rows_of in _steps(work, only, document, lines, num_steps=num_steps, num_clips=num_clips):
+        if parts & {*only}:
+            rows += rows_of()
             _release()
-    if "load" in only:
-        with TemporaryDirectory() as name:
-            rows += load_rows(work, Path(name))
-        _release()
-    if "errors" in only:
-        rows += error_rows(work)
-        _release()
     rows = rows if work.has_goals else without_goals(rows)
     document["rows"] = [asdict(row) | {"is_met": row.is_met} for row in rows]
     return "\n\n".join([*lines, rows_table(rows)]), json.dumps(document, indent=2) + "\n"
+
+
+def _check_parts(only: tuple[str, ...], device: torch.device) -> None:
+    import torch
+
+    if unknown := [part for part in only if part not in PARTS]:
+        raise RefusedError(f"--only names {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+    if "workers" in only and device.type == "cuda" and torch.cuda.device_count() < 2:
+        raise RefusedError("--only names workers, which wants two GPUs or more; one is here")
+
+
+def _steps(
+    work: Workload,
+    only: tuple[str, ...],
+    document: dict[str, Any],
+    lines: list[str],
+    *,
+    num_steps: int,
+    num_clips: int,
+) -> list[tuple[set[str], Callable[[], list[Row]]]]:
+    """What is measured one after the other, and for which parts; each has the device to itself."""
+    from scail.bench_errors import error_rows
+    from scail.bench_goals import pose_rows, vae_rows
+    from scail.bench_memory import memory_rows
+
+    return [
+        ({"vae"}, lambda: vae_rows(work)),
+        ({"pose"}, lambda: pose_rows(work)),
+        ({"clip", "forward"}, lambda: _exact(work, only, document, lines, num_steps=num_steps)),
+        ({"float8", "clips"}, lambda: _float8(work, only, document, num_steps=num_steps, num_clips=num_clips)),
+        ({"int8"}, lambda: _int8(work, document, num_steps=num_steps)),
+        ({"workers"}, lambda: _workers(work, num_clips)),
+        *(({"memory"}, partial(memory_rows, work, quantization)) for quantization in MEMORY_QUANTIZATIONS),
+        ({"load"}, lambda: _load(work)),
+        ({"errors"}, lambda: error_rows(work)),
+    ]
 
 
 def _exact(
@@ -146,6 +155,17 @@ def _float8(
         goals = {"minutes": FLOAT8_MINUTES, "seconds": FLOAT8_FORWARD_SECONDS}
         rows += _quantized(work, pipeline, document, "float8 products and attention", num_steps=num_steps, **goals)
     return rows
+
+
+def _int8(work: Workload, document: dict[str, Any], *, num_steps: int) -> list[Row]:
+    return _quantized(work, _model(work, _runtime(work, "int8")), document, "int8", num_steps=num_steps)
+
+
+def _load(work: Workload) -> list[Row]:
+    from scail.bench_load import load_rows
+
+    with TemporaryDirectory() as name:
+        return load_rows(work, Path(name))
 
 
 def _quantized(
@@ -195,8 +215,6 @@ def _workers(work: Workload, num_clips: int) -> list[Row]:
     from tasks.warm_worker import Fleet, WorkerPlan
 
     num_workers = max(2, torch.cuda.device_count())
-    if work.device.type == "cuda" and torch.cuda.device_count() < num_workers:
-        raise RefusedError("--only names workers, which wants two GPUs or more; one is here")
     plan = WorkerPlan(work, _runtime(work, "fp8"), PROFILES["fast"].sampling, num_clips)
     with Fleet(plan, num_workers) as fleet:
         [alone] = fleet.render([0])
