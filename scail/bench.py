@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scail.bench_peers import matmul_flop_per_second, median_seconds
@@ -50,9 +51,7 @@ def bench_clip(
         peak memory: plain numbers, ready for JSON.
     """
     pipeline = pipeline or random_pipeline(config, device=device, dtype=dtype, runtime=runtime)
-    rng = np.random.default_rng(0)
-    reference = rng.integers(0, 256, (height, width, 3), np.uint8)
-    pose = rng.integers(0, 256, (num_frames, height, width, 3), np.uint8)
+    reference, pose = random_frames(num_frames, height, width)
     params = SamplingParams(num_inference_steps=num_steps)
     outputs = [  # the first one compiles, picks convolution algorithms and fills the allocator
         pipeline(reference, pose, "a dancer in the rain", params=params, size=(height, width)) for _ in range(2)
@@ -101,6 +100,13 @@ def bench_pose(*, device: torch.device, num_frames: int = 65, height: int = 512,
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def random_frames(num_frames: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A reference (H, W, 3) and a pose video (F, H, W, 3) of noise."""
+    rng = np.random.default_rng(0)
+    reference = rng.integers(0, 256, (height, width, 3), np.uint8)
+    return reference, rng.integers(0, 256, (num_frames, height, width, 3), np.uint8)
 
 
 def random_pipeline(

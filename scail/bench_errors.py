@@ -25,7 +25,7 @@ NUM_LAYERS = 4
 
 
 @dataclass(frozen=True)
-class Path:
+class FastPath:
     """One way to compute the network.
 
     Attributes:
@@ -72,16 +72,16 @@ def relative(ours: Tensor, exact: Tensor) -> float:
     return float((ours.float() - exact.float()).norm() / exact.float().norm())
 
 
-def _paths(work: Workload) -> Iterator[Path]:
-    yield Path("compiled" if work.compiled else "fastest attention")
+def _paths(work: Workload) -> Iterator[FastPath]:
+    yield FastPath("compiled" if work.compiled else "fastest attention")
     kinds: tuple[Quantization, ...] = ("fp8", "int8")
     for kind in kinds:
         if work.device.type == "cpu" or is_fast_on(work.device, kind):
-            yield Path(f"{kind} products", kind)
+            yield FastPath(f"{kind} products", kind)
     for attention in FLOAT8_BACKENDS:
         if fits(attention, work.device, work.dtype):
-            yield Path("float8 attention", attention=attention)
-            yield Path("fp8 products, float8 attention", "fp8", attention)
+            yield FastPath("float8 attention", attention=attention)
+            yield FastPath("fp8 products, float8 attention", "fp8", attention)
 
 
 def _computed(

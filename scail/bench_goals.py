@@ -22,13 +22,13 @@ from scail.bench_peers import (
     median_seconds,
     peak_gib,
 )
-from scail.config import DEFAULT_SIZE, MAX_FRAMES, ModelConfig
+from scail.config import DEFAULT_SIZE, MAX_FRAMES, PROFILES, ModelConfig
 from scail.pipeline import ScailPipeline
 from scail.types import LatentShape, num_tokens
 
 _FLOOR_NOTE = "sum of the ceilings"
 
-QUALITY_STEPS, FAST_STEPS = 50, 4
+QUALITY_STEPS, FAST_STEPS = (PROFILES[name].sampling.num_inference_steps for name in ("quality", "fast"))
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,9 @@ def forward_rows(work: Workload, pipeline: ScailPipeline) -> list[Row]:
 def quantized_rows(work: Workload, pipeline: ScailPipeline, *, name: str, goal: float | None = None) -> list[Row]:
     """One forward of a quantised path; float8 beside the sum of the ceilings, attention in its own precision."""
     reached, figure = forward_seconds(pipeline, work), f"forward, {name}"
-    matmul = float8_flop_per_second(work.config.transformer, work.device)
-    if pipeline.quantization != "fp8" or matmul is None:
+    is_float8 = pipeline.quantization == "fp8"
+    matmul = float8_flop_per_second(work.config.transformer, work.device) if is_float8 else None
+    if matmul is None:
         return [Row(figure, "s", reached, note=pipeline.attention)]
     return [Row(figure, "s", reached, goal, beside=_floor(work, matmul, pipeline.attention), note=_FLOOR_NOTE)]
 

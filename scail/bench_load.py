@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
 import time
@@ -11,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from scail.bench import random_pipeline
+from scail.bench import random_frames, random_pipeline
 from scail.bench_goals import Row, Workload
-from scail.bench_peers import synchronise
+from scail.bench_peers import release, synchronise
 from scail.checkpoint import write_byte_tokenizer
 from scail.config import Quantization, RuntimeConfig, SamplingParams
 from scail.errors import Interrupted
@@ -75,15 +73,13 @@ def _write_checkpoint(work: Workload, folder: Path) -> list[Path]:
         save_file({key: tensor.contiguous().cpu() for key, tensor in network.state_dict().items()}, path)
         files.append(path)
     del pipeline, network
-    _release(work.device)
+    release(work.device)
     return files
 
 
 def _first_step_seconds(work: Workload, checkpoint: Path) -> float:
     """Seconds until the first step of a clip is done."""
-    rng = np.random.default_rng(0)
-    reference = rng.integers(0, 256, (work.height, work.width, 3), np.uint8)
-    pose = rng.integers(0, 256, (work.num_frames, work.height, work.width, 3), np.uint8)
+    reference, pose = random_frames(work.num_frames, work.height, work.width)
     runtime = RuntimeConfig(quantization=QUANTIZATION, memory="resident")
 
     def stop(_step: int, _num_steps: int) -> None:
@@ -96,7 +92,7 @@ def _first_step_seconds(work: Workload, checkpoint: Path) -> float:
         pipeline(reference, pose, "a dancer", params=SamplingParams(), size=(work.height, work.width), on_step=stop)
     seconds = time.perf_counter() - start
     del pipeline
-    _release(work.device)
+    release(work.device)
     return seconds
 
 
@@ -105,8 +101,9 @@ def _safetensors_seconds(files: Sequence[Path], device: torch.device) -> float:
     for file in files:
         load_file(file, device=str(device))
         synchronise(device)
-    _release(device)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    release(device)
+    return seconds
 
 
 def _forget(files: Sequence[Path]) -> None:
@@ -137,9 +134,3 @@ def _read_piece(file: Path, offset: int) -> None:
             os.preadv(descriptor, [target], offset)
     finally:
         os.close(descriptor)
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

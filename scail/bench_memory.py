@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import torch
 
 from scail.bench import bench_clip, random_pipeline
 from scail.bench_goals import Row, Workload, forward_seconds
+from scail.bench_peers import release
 from scail.config import POLICIES, PlacementPolicy, Quantization, RuntimeConfig
 from scail.memory import with_index
 from scail.timing import GIB
@@ -43,7 +43,6 @@ def _measured(work: Workload, policy: PlacementPolicy, quantization: Quantizatio
     """GB that a clip's render held at most, and seconds of a forward."""
     runtime = RuntimeConfig(compiled=work.compiled, quantization=quantization, memory=policy)
     pipeline = random_pipeline(work.config, device=work.device, dtype=work.dtype, runtime=runtime)
-    gc.collect()  # the weights were drawn on the device
     with _capped(work.device, CAPS_GB.get(policy)):
         clip = bench_clip(
             work.config,
@@ -65,7 +64,7 @@ def _capped(device: torch.device, cap_gb: float | None) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    torch.cuda.empty_cache()
+    release(device)
     device = with_index(device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gb or total / GB) * GB / total), device)

@@ -39,12 +39,18 @@ def peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
     """Most memory of a GPU that is held while a call runs, what was held before it included; None on a CPU."""
     if device.type != "cuda":
         return None
-    gc.collect()
-    torch.cuda.empty_cache()
+    release(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     synchronise(device)
     return torch.cuda.max_memory_allocated(device) / 1024**3
+
+
+def release(device: torch.device) -> None:
+    """Give back what is no longer used: what was measured before is not to be held against what comes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def synchronise(device: torch.device) -> None:

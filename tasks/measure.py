@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -37,7 +36,11 @@ PARTS_HELP = (
     "step), `errors` (of each fast path against the exact one), `vae`, `pose`."
 )
 MEMORY_QUANTIZATIONS: tuple[Quantization, ...] = ("fp8", "none")
-EXACT_MINUTES, FLOAT8_MINUTES, FLOAT8_FORWARD_SECONDS = 8.0, 5.7, 3.3  # goals of a clip by the official recipe
+EXACT_MINUTES, FLOAT8_MINUTES, FLOAT8_FORWARD_SECONDS = (
+    8.0,
+    5.7,
+    3.3,
+)  # goals: of a clip by the official recipe, of a forward
 
 
 def measure(
@@ -57,6 +60,7 @@ def measure(
     """
     from scail.bench import device_name
     from scail.bench_goals import Workload, rows_table, without_goals
+    from scail.bench_peers import release
     from scail.config import SCAIL_14B, SCAIL_TINY
 
     models = {"14b": SCAIL_14B, "tiny": SCAIL_TINY}
@@ -72,7 +76,7 @@ def measure(
     for parts, rows_of in _steps(work, only, document, lines, num_steps=num_steps, num_clips=num_clips):
         if parts & {*only}:
             rows += rows_of()
-            _release()
+            release(device)
     rows = rows if work.has_goals else without_goals(rows)
     document["rows"] = [asdict(row) | {"is_met": row.is_met} for row in rows]
     return "\n\n".join([*lines, rows_table(rows)]), json.dumps(document, indent=2) + "\n"
@@ -269,12 +273,3 @@ def _clip_of(work: Workload, runtime: RuntimeConfig) -> dict[str, Any]:
         "width": work.width,
         "runtime": runtime,
     }
-
-
-def _release() -> None:
-    """What the part before left on the device is not this one's."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scail.kernels.reference import FLOAT8, FLOAT8_MAX
+from scail.kernels.reference import FLOAT8, FLOAT8_MAX, TINY
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAX_RELATIVE_ERROR = 0.01  # of a backend in bfloat16 against float32; bfloat16's own rounding makes 0.003
 MAX_FLOAT8_ERROR = 0.08  # of one in float8, whose rounding makes 0.05
 
-_TINY = 1e-12  # keeps the scale of a head of zeros above zero
 _FLOAT8_HEAD_MULTIPLE = 16  # of FlashAttention-3's head sizes in float8
 
 
@@ -69,7 +68,7 @@ def flash_attention_3_float8(query: Tensor, key: Tensor, value: Tensor) -> Tenso
     both are taken out before the rounding, and the values' mean is added again, exactly.
     """
     head_size = query.shape[-1]
-    query_scale = query.abs().amax(dim=(1, 3)).float().clamp(min=_TINY) / FLOAT8_MAX
+    query_scale = query.abs().amax(dim=(1, 3)).float().clamp(min=TINY) / FLOAT8_MAX
     (key_mean, key_scale), (value_mean, value_scale) = _mean_and_scale(key), _mean_and_scale(value)
     out = _flash_attention_3_float8(
         _to_float8(query.float(), query_scale),
@@ -90,7 +89,7 @@ def _mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean = x.float().mean(dim=1, keepdim=True)
     above, below = x.amax(dim=1, keepdim=True).float() - mean, mean - x.amin(dim=1, keepdim=True).float()
-    return mean, torch.maximum(above, below).amax(dim=(1, 3)).clamp(min=_TINY) / FLOAT8_MAX
+    return mean, torch.maximum(above, below).amax(dim=(1, 3)).clamp(min=TINY) / FLOAT8_MAX
 
 
 def _to_float8(x: Tensor, scales: Tensor) -> Tensor:
@@ -171,9 +170,8 @@ def passes(name: str, device: torch.device) -> bool:
     except Exception as failure:  # noqa: BLE001  # whatever a foreign kernel raises, there is a next backend
         warnings.warn(f"attention backend {name} failed on {device}: {failure}", stacklevel=2)
         return False
-    if not error <= (
-        MAX_FLOAT8_ERROR if name in FLOAT8_BACKENDS else MAX_RELATIVE_ERROR
-    ):  # also when it is not a number
+    limit = MAX_FLOAT8_ERROR if name in FLOAT8_BACKENDS else MAX_RELATIVE_ERROR
+    if not error <= limit:  # also when it is not a number
         warnings.warn(f"attention backend {name} is wrong on {device}: relative error {error:.2g}", stacklevel=2)
         return False
     logger.info("attention backend %s on %s: relative error %.2g", name, device, error)
