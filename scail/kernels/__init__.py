@@ -49,6 +49,34 @@ def qk_norm_rotary(
     return reference.qk_norm_rotary(qkv, weight_q, weight_k, cos, sin, head_size, eps)
 
 
+def qk_norm_rotary_float8(
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    key_mean: Tensor,
+    scales_q: Tensor,
+    scales_k: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rotary`, and what comes out in float8: never written in more, and rounded once.
+
+    Args:
+        qkv, weight_q, weight_k, cos, sin, eps: Of `qk_norm_rotary`.
+        key_mean: (B, heads, head_size), taken from every key before it is rounded.
+        scales_q, scales_k: float32 (heads,), by which queries and keys are divided.
+
+    Returns:
+        Queries and keys, each float8 (B, L, heads, head_size), contiguous.
+    """
+    tensors = (qkv, weight_q, weight_k, cos, sin, key_mean.contiguous(), scales_q, scales_k)
+    if _takes_kernel(qkv):
+        return triton_kernels.qk_norm_rotary_float8(*tensors, eps)
+    return reference.qk_norm_rotary_float8(*tensors, eps)
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """float8 (e4m3) of `x` with one scale for each row.
 

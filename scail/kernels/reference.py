@@ -41,6 +41,16 @@ def qk_norm_rotary(
     return rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
 
 
+def qk_norm_rotary_float8(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
+    key_mean: Tensor, scales_q: Tensor, scales_k: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query, key = qk_norm_rotary(qkv.float(), weight_q, weight_k, cos, sin, key_mean.shape[-1], eps)
+    rounded = (query / scales_q[:, None], (key - key_mean[:, None]) / scales_k[:, None])
+    query8, key8 = (x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8) for x in rounded)
+    return query8, key8
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=TINY) / FLOAT8_MAX
     return (x.float() / scales).to(FLOAT8), scales

@@ -10,14 +10,17 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from scail.kernels import qk_norm_rotary, qk_norm_rotary_float8
 from scail.kernels.reference import FLOAT8, FLOAT8_MAX, TINY
 
 logger = logging.getLogger(__name__)
@@ -25,9 +28,26 @@ logger = logging.getLogger(__name__)
 # query (B, L, heads, head_size), key and value (B, M, heads, head_size) → (B, L, heads, head_size)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+
+@dataclass(frozen=True)
+class QkNorm:
+    """What queries and keys of a self-attention pass before they meet; see `scail.kernels.qk_norm_rotary`."""
+
+    weight_q: Tensor
+    weight_k: Tensor
+    cos: Tensor
+    sin: Tensor
+    head_size: int
+    eps: float
+
+
+# queries, keys and values side by side, what the first two pass, the tokens that are wanted
+AttentionOfQkv = Callable[[Tensor, QkNorm, slice | None], Tensor]
+
 MAX_RELATIVE_ERROR = 0.01  # of a backend in bfloat16 against float32; bfloat16's own rounding makes 0.003
 MAX_FLOAT8_ERROR = 0.08  # of one in float8, whose rounding makes 0.05
 
+_SOME_TOKENS = 2048
 _FLOAT8_HEAD_MULTIPLE = 16  # of FlashAttention-3's head sizes in float8
 
 
@@ -82,6 +102,75 @@ def flash_attention_3_float8(query: Tensor, key: Tensor, value: Tensor) -> Tenso
     return (out[..., :head_size] + value_mean).to(query.dtype)
 
 
+def flash_attention_3_float8_of_qkv(qkv: Tensor, norm: QkNorm, span: slice | None) -> Tensor:
+    """`flash_attention_3_float8` of queries, keys and values side by side; the former two are written in float8 only.
+
+    No pass over them is needed to learn how large they are: after a norm over all heads, no pair of numbers, rotated
+    or not, is longer than the square root of the hidden size, times the largest weight of the norm. Numbers that are
+    far smaller than this bound lose nothing, as float8 has a point that floats. And what is taken from all keys
+    may be anything that they have in common: the mean of some of them serves.
+
+    Args:
+        qkv: (B, L, 3 · D), side by side.
+        norm: What queries and keys pass first.
+        span: Tokens whose queries are wanted; all are attended to.
+
+    Returns:
+        (B, L, heads, head_size).
+    """
+    head_size = norm.head_size
+    bounds = [
+        math.sqrt(len(weight)) * weight.float().view(-1, head_size).abs().amax(dim=1).clamp(min=TINY) / FLOAT8_MAX
+        for weight in (norm.weight_q, norm.weight_k)
+    ]
+    scales_q, scales_k = bounds[0], 2 * bounds[1]  # a key without its mean
+    key_mean = _some_keys(qkv, norm).float().mean(dim=1)
+    query, key = qk_norm_rotary_float8(
+        qkv,
+        norm.weight_q,
+        norm.weight_k,
+        norm.cos,
+        norm.sin,
+        key_mean=key_mean,
+        scales_q=scales_q,
+        scales_k=scales_k,
+        eps=norm.eps,
+    )
+    value = rearrange(qkv.chunk(3, dim=-1)[2], "b l (heads d) -> b l heads d", d=head_size)
+    value_mean, value_scale = _mean_and_scale(value)
+    out = _flash_attention_3_float8(
+        _filled_up(query if span is None else query[:, span]),
+        _filled_up(key),
+        _to_float8(value.float() - value_mean, value_scale),
+        scales_q.expand(len(qkv), -1).contiguous(),
+        scales_k.expand(len(qkv), -1).contiguous(),
+        value_scale,
+        head_size**-0.5,
+    )
+    return (out[..., :head_size] + value_mean).to(qkv.dtype)
+
+
+def _some_keys(qkv: Tensor, norm: QkNorm) -> Tensor:
+    """Keys of a few thousand tokens, evenly over the clip, or of all."""
+    every = max(1, qkv.shape[1] // _SOME_TOKENS)
+    _, key = qk_norm_rotary(
+        qkv[:, ::every].contiguous(),
+        norm.weight_q,
+        norm.weight_k,
+        norm.cos[::every].contiguous(),
+        norm.sin[::every].contiguous(),
+        head_size=norm.head_size,
+        eps=norm.eps,
+    )
+    return key
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """float8 with the head size filled up with zeros as the kernel wants it."""
+    missing = -x.shape[-1] % _FLOAT8_HEAD_MULTIPLE
+    return F.pad(x.view(torch.uint8), (0, missing)).view(FLOAT8) if missing else x
+
+
 def _mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of all tokens, float32 (B, 1, heads, head_size), and the scale of what is left of each head (B, heads).
 
@@ -93,8 +182,8 @@ def _mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_float8(x: Tensor, scales: Tensor) -> Tensor:
-    """float8 (B, L, heads, head_size), the head size filled up with zeros as the kernel wants it."""
-    return F.pad(x / scales[:, None, :, None], (0, -x.shape[-1] % _FLOAT8_HEAD_MULTIPLE)).to(FLOAT8)
+    """float8 (B, L, heads, head_size), filled up."""
+    return _filled_up((x / scales[:, None, :, None]).to(FLOAT8))
 
 
 @torch.library.custom_op("scail::flash_attention_3_float8", mutates_args=())
@@ -130,6 +219,7 @@ def _(query: Tensor, *_others: Tensor | float) -> Tensor:
 EXACT: dict[str, Attention] = {"flash_attention_3": flash_attention_3, "cudnn": cudnn, "sdpa": sdpa}  # best first
 FLOAT8_BACKENDS: dict[str, Attention] = {"flash_attention_3_float8": flash_attention_3_float8}  # likewise
 BACKENDS = EXACT | FLOAT8_BACKENDS
+OF_QKV: dict[str, AttentionOfQkv] = {"flash_attention_3_float8": flash_attention_3_float8_of_qkv}  # for self-attention
 CROSS_ATTENTION = {"flash_attention_3_float8": "flash_attention_3"}  # few keys: nothing to win, so nothing to lose
 
 

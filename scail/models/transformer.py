@@ -25,7 +25,7 @@ from scail.config import TransformerConfig
 from scail.errors import InvalidInputError
 from scail.kernels import qk_norm_rotary
 from scail.kernels.reference import layer_norm_modulate, rms_norm
-from scail.models.attention import BACKENDS, CROSS_ATTENTION, Attention, sdpa
+from scail.models.attention import BACKENDS, CROSS_ATTENTION, OF_QKV, Attention, AttentionOfQkv, QkNorm, sdpa
 from scail.models.rope import RotaryTable, kept_rotary_table
 from scail.types import Conditioning
 
@@ -101,7 +101,7 @@ class ScailTransformer(nn.Module):
     def use_attention(self, backend: str) -> None:
         """Take a backend of `scail.models.attention` for every softmax; it is `sdpa` until then."""
         for block in self._executing_blocks():
-            block.self_attn.attend = BACKENDS[backend]
+            block.self_attn.attend, block.self_attn.attend_qkv = BACKENDS[backend], OF_QKV.get(backend)
             block.cross_attn.attend = BACKENDS[CROSS_ATTENTION.get(backend, backend)]
 
     def prepare(self, conditioning: Conditioning) -> PreparedConditioning:
@@ -267,6 +267,7 @@ class SelfAttention(nn.Module):
         size = config.hidden_size
         self.head_size = config.head_size
         self.attend: Attention = sdpa
+        self.attend_qkv: AttentionOfQkv | None = None  # a backend that norms and rotates by itself
         self.qkv = nn.Linear(size, 3 * size)
         self.norm_q = RMSNorm(size, config.eps)
         self.norm_k = RMSNorm(size, config.eps)
@@ -274,14 +275,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, rotary: RotaryTable, span: slice | None = None) -> Tensor:
         qkv = self.qkv(tokens)
+        weights = (self.norm_q.weight, self.norm_k.weight)
+        if self.attend_qkv is not None:
+            norm = QkNorm(*weights, rotary.cos, rotary.sin, self.head_size, self.norm_q.eps)
+            return self.out(self.attend_qkv(qkv, norm, span).flatten(-2))
         query, key = qk_norm_rotary(
-            qkv,
-            self.norm_q.weight,
-            self.norm_k.weight,
-            rotary.cos,
-            rotary.sin,
-            head_size=self.head_size,
-            eps=self.norm_q.eps,
+            qkv, *weights, rotary.cos, rotary.sin, head_size=self.head_size, eps=self.norm_q.eps
         )  # (B, L, heads, head_size)
         value = _split_heads(qkv.chunk(3, dim=-1)[2], self.head_size)
         if span is not None:

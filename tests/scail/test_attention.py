@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 
 import pytest
 import torch
 
+from scail import kernels
+from scail.kernels import qk_norm_rotary
 from scail.models import attention
-from scail.models.attention import BACKENDS, choose_attention, passes, relative_error, sdpa
+from scail.models.attention import BACKENDS, QkNorm, choose_attention, passes, relative_error, sdpa
 from scail.models.transformer import KeyValue
 from scail.types import Conditioning
 
@@ -147,12 +150,9 @@ def test_a_backend_is_used_for_every_softmax_of_every_block(monkeypatch, pipelin
     assert lengths == one_block * (len(transformer.blocks) - 1) + last_block
 
 
-@pytest.mark.parametrize("head_size", [12, 32])
-def test_float8_attention_rounds_what_is_left_without_the_means(monkeypatch, head_size):
-    """The kernel itself is replaced by one that multiplies the same float8 numbers; it runs on a GPU alone."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 33, 3, head_size, generator=generator) for _ in range(3))
-    key, value = key + 30 * torch.randn(1, 1, 3, head_size, generator=generator), value + 50
+@pytest.fixture
+def float8_kernel(monkeypatch):
+    """Takes the place of FlashAttention-3, which runs on a GPU alone; multiplies the same numbers, and keeps them."""
     seen = []
 
     def kernel(query, key, value, query_scale, key_scale, value_scale, softmax_scale):
@@ -165,15 +165,93 @@ def test_float8_attention_rounds_what_is_left_without_the_means(monkeypatch, hea
         return torch.einsum("bhlm,bmhd->blhd", scores.softmax(dim=-1), value)
 
     monkeypatch.setattr(attention, "_flash_attention_3_float8", kernel)
+    return seen
+
+
+@pytest.mark.parametrize("head_size", [12, 32])
+def test_float8_attention_rounds_what_is_left_without_the_means(float8_kernel, head_size):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 33, 3, head_size, generator=generator) for _ in range(3))
+    key, value = key + 30 * torch.randn(1, 1, 3, head_size, generator=generator), value + 50
 
     out = attention.flash_attention_3_float8(query, key, value)
 
     exact = sdpa(query, key, value)
     assert out.shape == exact.shape
     assert (out - exact).norm() / (exact - value.mean(dim=1, keepdim=True)).norm() < attention.MAX_FLOAT8_ERROR
-    assert all(x.dtype == torch.float8_e4m3fn and x.shape[-1] % 16 == 0 for x in seen)
-    largest = [x.float().abs().amax(dim=(1, 3)) for x in seen]
+    assert all(x.dtype == torch.float8_e4m3fn and x.shape[-1] % 16 == 0 for x in float8_kernel)
+    largest = [x.float().abs().amax(dim=(1, 3)) for x in float8_kernel]
     assert all(torch.allclose(head, torch.tensor(448.0)) for x in largest for head in x.flatten())  # nothing is wasted
+
+
+@pytest.mark.parametrize("head_size", [12, 32])
+@pytest.mark.parametrize("span", [None, slice(5, 20)])
+@pytest.mark.parametrize("some_tokens", [8, 2048])
+def test_float8_attention_of_one_product_is_that_of_its_parts(float8_kernel, monkeypatch, head_size, span, some_tokens):
+    monkeypatch.setattr(attention, "_SOME_TOKENS", some_tokens)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    size, length = 3 * head_size, 33
+    qkv = draw(2, length, 3 * size)
+    qkv[..., size : 2 * size] += 5 * draw(size)  # what all keys have in common
+    angles = 0.01 * draw(length, head_size // 2)
+    norm = QkNorm(1 + draw(size).abs(), 1 + draw(size).abs(), angles.cos(), angles.sin(), head_size, 1e-6)
+
+    out = attention.flash_attention_3_float8_of_qkv(qkv, norm, span)
+
+    query, key = qk_norm_rotary(
+        qkv, norm.weight_q, norm.weight_k, norm.cos, norm.sin, head_size=head_size, eps=norm.eps
+    )
+    value = qkv[..., 2 * size :].reshape(2, length, 3, head_size)
+    exact = sdpa(query if span is None else query[:, span], key, value)
+    from_parts = attention.flash_attention_3_float8(query if span is None else query[:, span], key, value)
+    assert out.shape == exact.shape
+    error, other = ((x - exact).norm() / exact.norm() for x in (out, from_parts))
+    assert error < max(1.3 * other, 0.01)
+    assert all(x.float().abs().max() <= 448 for x in float8_kernel)
+
+
+def test_no_query_or_key_is_larger_than_its_bound():
+    """All of a token's length in one pair of numbers, which the rotation puts into one of them."""
+    head_size, size = 16, 48
+    qkv = torch.zeros(1, 4, 3 * size)
+    qkv[..., 20:22] = qkv[..., size + 20 : size + 22] = 1000.0
+    qkv[:, 1::2, size + 20 : size + 22] *= -1  # a mean of nothing
+    weight = torch.linspace(1, 3, size)
+    angle = torch.full((4, head_size // 2), math.pi / 4)
+    norm = QkNorm(weight, weight, angle.cos(), angle.sin(), head_size, 1e-6)
+    scale = math.sqrt(size) * weight.view(-1, head_size).amax(dim=1) / 448
+
+    query, key = kernels.qk_norm_rotary_float8(
+        qkv, weight, weight, norm.cos, norm.sin, key_mean=torch.zeros(1, 3, head_size), scales_q=scale,
+        scales_k=2 * scale, eps=norm.eps,
+    )  # fmt: skip
+
+    exact, _ = qk_norm_rotary(qkv, weight, weight, norm.cos, norm.sin, head_size=head_size, eps=norm.eps)
+    assert query.float().abs().max() < 448  # would it be more, it would have been cut off
+    assert key.float().abs().max() < 448 / 2
+    torch.testing.assert_close(query.float() * scale[:, None], exact, rtol=0.07, atol=1e-3)
+
+
+def test_a_backend_that_takes_the_product_is_used_in_every_block(float8_kernel, monkeypatch, pipeline):
+    monkeypatch.setitem(BACKENDS, "flash_attention_3", sdpa)
+    transformer, plain = deepcopy(pipeline.transformer), pipeline.transformer
+    shapes = (1, 12, 32), (1, 17, 40), (1, 16, 1, 4, 4), (1, 16, 2, 2, 2)
+    conditioning = Conditioning(*(torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes))
+    latents = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    transformer.use_attention("flash_attention_3_float8")
+    velocity, exact = (
+        network(latents, torch.tensor([500.0]), network.prepare(conditioning)) for network in (transformer, plain)
+    )
+
+    assert len(float8_kernel) == 3 * len(transformer.blocks)
+    assert 0 < (velocity - exact).norm() / exact.norm() < 0.05
+    transformer.use_attention("sdpa")
+    assert torch.equal(transformer(latents, torch.tensor([500.0]), transformer.prepare(conditioning)), exact)
 
 
 def test_what_cannot_be_had_is_replaced_by_the_fastest_exact_one(caplog):

@@ -76,6 +76,29 @@ def test_the_query_and_key_kernel_equals_its_plain_version(length, num_heads, he
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize(("length", "num_heads", "head_size"), [(7, 40, 128), (300, 4, 56), (33, 3, 20), (64, 4, 64)])
+def test_the_float8_query_and_key_kernel_equals_its_plain_version(length, num_heads, head_size):
+    size = num_heads * head_size
+    qkv = random(2, length, 3 * size, device="cuda", dtype=torch.bfloat16)
+    weights = [random(size, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    cos, sin = (random(length, head_size // 2 + i, device="cuda")[:, : head_size // 2].contiguous() for i in (0, 1))
+    mean = random(2, num_heads, head_size, device="cuda")
+    scales = [0.01 + random(num_heads, device="cuda").abs() / 50 for _ in range(2)]
+
+    with torch.no_grad():
+        ours = kernels.qk_norm_rotary_float8(
+            qkv, *weights, cos, sin, key_mean=mean, scales_q=scales[0], scales_k=scales[1], eps=1e-6
+        )
+
+    theirs = reference.qk_norm_rotary_float8(qkv, *weights, cos, sin, mean, *scales, 1e-6)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.shape == (2, length, num_heads, head_size)
+        assert share_that_differs(mine, its) < 2e-3  # at the edge of a rounding
+        assert (mine.float() - its.float()).norm() / its.float().norm() < 4e-3
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("size", [48, 5120, 13824])
 def test_the_quantising_kernels_equal_their_plain_versions(size):
     x = random(257, size, device="cuda", dtype=torch.bfloat16)
