@@ -17,7 +17,7 @@ MemoryPolicy = Literal["auto", "resident", "balanced", "low"]
 POLICIES: tuple[PlacementPolicy, ...] = ("resident", "balanced", "low")  # each needs less of the device than the last
 
 # Part of every clip's content key. Raise it when a change to the code changes pixels at equal inputs.
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 
 DEFAULT_SIZE = (512, 896)  # short and long side in pixels; the reference's orientation decides which is the height
 SIZE_MULTIPLE = 32  # VAE stride 8, pose at half size, patches of 2: other sizes fail in the official network

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scail.config import Quantization
-from scail.kernels import add_norm_quantize, gelu_quantize_rows, norm_quantize, quantize_rows
+from scail.kernels import add_norm_quantize, gelu_quantize_rows, norm_quantize, quantize_rows, sum_quantize_rows
 from scail.kernels.reference import gated_sum, quantize_rows_int8, scaled_norm
 from scail.kernels.reference import quantize_rows as quantize_rows_plain
 from scail.models.rope import RotaryTable
@@ -83,18 +83,26 @@ class DynamicLinear(QuantizedLinear):
     """Its input is quantised too, row by row; the product is computed in numbers of one byte."""
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        if isinstance(x, QuantizedRows):
-            rows, shape = QuantizedRows(*(part.flatten(0, -2) for part in x)), x.values.shape
-        else:
-            rows, shape = QuantizedRows(*self.quantize(x.flatten(0, -2))), x.shape
-        return self.of_quantized(*rows).view(*shape[:-1], -1)
+        return self._of_rows(*(x if isinstance(x, QuantizedRows) else self.quantize(x)))
 
     def of_gelu(self, x: Tensor) -> Tensor:
         """The layer of GELU (tanh form) of `x`; one pass over it less."""
-        return self.of_quantized(*self.gelu_quantize(x.flatten(0, -2))).view(*x.shape[:-1], -1)
+        return self._of_rows(*self.gelu_quantize(x))
+
+    def of_sum(self, x: Tensor, other: Tensor) -> Tensor:
+        """The layer of `x` (B, L, K) plus `other`, (B, L, K) or (B, 1, K); likewise."""
+        return self._of_rows(*self.sum_quantize(x, other))
+
+    def _of_rows(self, values: Tensor, scales: Tensor) -> Tensor:
+        product = self.of_quantized(values.flatten(0, -2), scales.flatten(0, -2))
+        return product.view(*values.shape[:-1], -1)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` (M, K) in one byte a number, and the scale of each row, float32 (M, 1)."""
+        """`x` (..., K) in one byte a number, and the scale of each row, float32 (..., 1)."""
+        raise NotImplementedError
+
+    def sum_quantize(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """`quantize` of the sum of `x` and `other`."""
         raise NotImplementedError
 
     def gelu_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +117,9 @@ class DynamicLinear(QuantizedLinear):
 class Float8Linear(DynamicLinear):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_rows(x)
+
+    def sum_quantize(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return sum_quantize_rows(x, other)
 
     def gelu_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return gelu_quantize_rows(x)
@@ -132,16 +143,19 @@ class Int8Linear(DynamicLinear):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_rows_int8(x)
 
+    def sum_quantize(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_rows_int8(x.float() + other.float())
+
     def gelu_quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_rows_int8(F.gelu(x, approximate="tanh"))
 
     def of_quantized(self, values: Tensor, scales: Tensor) -> Tensor:
         rows = range(0, len(values), _INT8_ROWS_AT_ONCE)
         return torch.cat(
-            [self._of_rows(*(x[row : row + _INT8_ROWS_AT_ONCE] for x in (values, scales))) for row in rows]
+            [self._product(*(x[row : row + _INT8_ROWS_AT_ONCE] for x in (values, scales))) for row in rows]
         )
 
-    def _of_rows(self, values: Tensor, scales: Tensor) -> Tensor:
+    def _product(self, values: Tensor, scales: Tensor) -> Tensor:
         if values.is_cuda and len(values) < _MIN_INT8_ROWS:
             product = values.float() @ self.weight.float().t()
         else:

@@ -78,23 +78,30 @@ def qk_norm_rotary_float8(
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8 (e4m3) of `x` with one scale for each row.
+    """float8 (e4m3) of `x` with one scale for each row, its last axis.
 
     Args:
-        x: (M, K).
+        x: (..., K).
 
     Returns:
-        float8 (M, K), and float32 (M, 1): their product is `x` but for rounding.
+        float8 (..., K), and float32 (..., 1): their product is `x` but for rounding.
     """
     if _takes_kernel(x):
-        return triton_kernels.quantize_rows(x, False)
+        return triton_kernels.quantize_rows(x.contiguous(), None, False)
     return reference.quantize_rows(x)
 
 
-def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of GELU (tanh form) of `x`, in one pass."""
+def sum_quantize_rows(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of `x` (B, L, D) plus `other`, (B, L, D) or (B, 1, D), in one pass and without rounding between."""
     if _takes_kernel(x):
-        return triton_kernels.quantize_rows(x, True)
+        return triton_kernels.quantize_rows(x.contiguous(), other.contiguous(), False)
+    return reference.sum_quantize_rows(x, other)
+
+
+def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of GELU (tanh form) of `x`, likewise."""
+    if _takes_kernel(x):
+        return triton_kernels.quantize_rows(x.contiguous(), None, True)
     return reference.gelu_quantize_rows(x)
 
 

@@ -62,8 +62,12 @@ def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scales).round().to(torch.int8), scales
 
 
+def sum_quantize_rows(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_rows(x.float() + other.float())
+
+
 def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_rows(F.gelu(x, approximate="tanh"))
+    return quantize_rows(F.gelu(x.float(), approximate="tanh"))
 
 
 def scaled_norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float) -> Tensor:

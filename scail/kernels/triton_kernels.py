@@ -1,7 +1,8 @@
 """The Triton kernels; import this module only where Triton is.
 
 One program works on one row, and a row's memory is read once: it waits in registers, or in the first-level cache,
-between the reduction over it and what is done with the result. Roundings are those of the plain versions. Numbers are
+between the reduction over it and what is done with the result. A row that waits in registers is cut into parts of a
+power of two, which keep the same threads and are reduced together. Roundings are those of the plain versions. Numbers are
 compile-time constants: the compiler of a whole graph would hand them over in float64, and all that meets them is too.
 """
 
@@ -124,60 +125,120 @@ def qk_norm_rotary_float8(
 
 
 @triton.jit
-def _store_quantized(x, target, scales, row, at, SIZE: tl.constexpr):
-    scale = tl.maximum(tl.max(tl.abs(x)), _TINY) / _FLOAT8_MAX
-    tl.store(scales + row, scale)
-    tl.store(target + row * SIZE + at, (x / scale).to(target.dtype.element_ty), mask=at < SIZE)
+def _quantize_rows_kernel(
+    source, other, target, scales, rows_of_other,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, GELU: tl.constexpr, HAS_OTHER: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros([BLOCK], tl.float32)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        at = part * BLOCK + tl.arange(0, BLOCK)
+        inside = at < SIZE
+        x = tl.load(source + row * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_OTHER:
+            x += tl.load(other + row // rows_of_other * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        if GELU:
+            x = _gelu(x)
+        largest = tl.maximum(largest, tl.abs(x))
+        parts = parts + (x,)
+    _store_quantized(parts, largest, target, scales, row, SIZE, BLOCK, PARTS)
 
 
 @triton.jit
-def _quantize_rows_kernel(source, target, scales, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    loaded = tl.load(source + row * SIZE + at, mask=at < SIZE, other=0.0)
-    x = loaded.to(tl.float32)
-    if GELU:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        x = x * tl.sigmoid(2 * inner)  # x / 2 · (1 + tanh(inner))
-        x = x.to(loaded.dtype).to(tl.float32)
-    _store_quantized(x, target, scales, row, at, SIZE)
+def _gelu(x):
+    """x times the sigmoid of 2 · sqrt(2 / pi) · (x + 0.044715 x³), whose exponential is to the base of 2."""
+    return x * _reciprocal(1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
+
+
+@triton.jit
+def _reciprocal(x):
+    """To the last bit but one; a division takes four times the instructions, and this kernel is bound by them."""
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _store_quantized(
+    parts, largest, target, scales, row, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    scale = tl.maximum(tl.max(largest), _TINY) / _FLOAT8_MAX
+    tl.store(scales + row, scale)
+    inverse = 1.0 / scale
+    for part in tl.static_range(PARTS):
+        at = part * BLOCK + tl.arange(0, BLOCK)
+        tl.store(target + row * SIZE + at, (parts[part] * inverse).to(target.dtype.element_ty), mask=at < SIZE)
 
 
 @triton_op("scail::quantize_rows", mutates_args={})
-def quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    num_rows, size = x.shape
-    target = torch.empty_like(x, dtype=FLOAT8)
-    scales = x.new_empty((num_rows, 1), dtype=torch.float32)
-    block = triton.next_power_of_2(size)
+def quantize_rows(x: Tensor, other: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Of `x` (..., D) and what is added to it, which has as many rows, or one for each item."""
+    size = x.shape[-1]
+    num_rows = x.numel() // size
+    target, scales = _like_rows(x)
     wrap_triton(_quantize_rows_kernel)[(num_rows,)](
-        x, target, scales, SIZE=size, BLOCK=block, GELU=gelu, num_warps=8 if block <= 8192 else 16
+        x,
+        x if other is None else other,
+        target,
+        scales,
+        1 if other is None else num_rows * size // other.numel(),
+        SIZE=size,
+        **_parts(size),
+        GELU=gelu,
+        HAS_OTHER=other is not None,
+        num_warps=8,
     )
     return target, scales
+
+
+def _parts(size: int) -> dict[str, int]:
+    """How a row is cut, so that few threads of a program idle at its end."""
+    block = min(1024, triton.next_power_of_2(size))
+    return {"BLOCK": block, "PARTS": triton.cdiv(size, block)}
 
 
 @triton.jit
 def _norm_quantize_kernel(
     source, update, gate, factor, offset, total, target, scales, length, gate_stride, stride,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     item = row // length
-    at = tl.arange(0, BLOCK)
-    inside = at < SIZE
-    loaded = tl.load(source + row * SIZE + at, mask=inside, other=0.0)
-    x = loaded.to(tl.float32)
-    if HAS_UPDATE:
-        added = tl.load(update + row * SIZE + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_GATE:
-            added *= tl.load(gate + item * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = (x + added).to(loaded.dtype)
-        tl.store(total + row * SIZE + at, rounded, mask=inside)
-        x = rounded.to(tl.float32)
-    centred = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred) / SIZE + EPS)
-    scale = tl.load(factor + item * stride + at, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(offset + item * stride + at, mask=inside, other=0.0).to(tl.float32)
-    _store_quantized(normed * scale + shift, target, scales, row, at, SIZE)
+    sums = tl.zeros([BLOCK], tl.float32)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        at = part * BLOCK + tl.arange(0, BLOCK)
+        inside = at < SIZE
+        loaded = tl.load(source + row * SIZE + at, mask=inside, other=0.0)
+        x = loaded.to(tl.float32)
+        if HAS_UPDATE:
+            added = tl.load(update + row * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+            if HAS_GATE:
+                added *= tl.load(gate + item * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+            rounded = (x + added).to(loaded.dtype)
+            tl.store(total + row * SIZE + at, rounded, mask=inside)
+            x = rounded.to(tl.float32)
+        sums += x
+        parts = parts + (x,)
+    mean = tl.sum(sums) / SIZE
+    squares = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        centred = tl.where(part * BLOCK + tl.arange(0, BLOCK) < SIZE, parts[part] - mean, 0.0)
+        squares += centred * centred
+    inverse = tl.rsqrt(tl.sum(squares) / SIZE + EPS)
+    largest = tl.zeros([BLOCK], tl.float32)
+    normed = ()
+    for part in tl.static_range(PARTS):
+        at = part * BLOCK + tl.arange(0, BLOCK)
+        inside = at < SIZE
+        scale = tl.load(factor + item * stride + at, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(offset + item * stride + at, mask=inside, other=0.0).to(tl.float32)
+        x = (parts[part] - mean) * (inverse * scale) + shift
+        largest = tl.maximum(largest, tl.abs(x))
+        normed = normed + (x,)
+    _store_quantized(normed, largest, target, scales, row, SIZE, BLOCK, PARTS)
 
 
 @triton_op("scail::norm_quantize", mutates_args={})
@@ -220,7 +281,7 @@ def _launch_norm(
         0 if gate is None or len(gate) == 1 else size,
         0 if len(factor) == 1 else size,
         SIZE=size,
-        BLOCK=triton.next_power_of_2(size),
+        **_parts(size),
         EPS=eps,
         HAS_UPDATE=update is not None,
         HAS_GATE=gate is not None,

@@ -41,8 +41,9 @@ class QkNorm:
     eps: float
 
 
-# queries, keys and values side by side, what the first two pass, the tokens that are wanted
-AttentionOfQkv = Callable[[Tensor, QkNorm, slice | None], Tensor]
+# queries, keys and values side by side, what the first two pass, the tokens that are wanted → two parts of the result,
+# (B, L, heads, head_size) and (B, 1, heads, head_size), which whoever reads them adds
+AttentionOfQkv = Callable[[Tensor, QkNorm, slice | None], tuple[Tensor, Tensor]]
 
 MAX_RELATIVE_ERROR = 0.01  # of a backend in bfloat16 against float32; bfloat16's own rounding makes 0.003
 MAX_FLOAT8_ERROR = 0.08  # of one in float8, whose rounding makes 0.05
@@ -102,7 +103,7 @@ def flash_attention_3_float8(query: Tensor, key: Tensor, value: Tensor) -> Tenso
     return (out[..., :head_size] + value_mean).to(query.dtype)
 
 
-def flash_attention_3_float8_of_qkv(qkv: Tensor, norm: QkNorm, span: slice | None) -> Tensor:
+def flash_attention_3_float8_of_qkv(qkv: Tensor, norm: QkNorm, span: slice | None) -> tuple[Tensor, Tensor]:
     """`flash_attention_3_float8` of queries, keys and values side by side; the former two are written in float8 only.
 
     No pass over them is needed to learn how large they are: after a norm over all heads, no pair of numbers, rotated
@@ -116,7 +117,7 @@ def flash_attention_3_float8_of_qkv(qkv: Tensor, norm: QkNorm, span: slice | Non
         span: Tokens whose queries are wanted; all are attended to.
 
     Returns:
-        (B, L, heads, head_size).
+        (B, L, heads, head_size), and the values' mean, float32 (B, 1, heads, head_size), which is to be added to it.
     """
     head_size = norm.head_size
     bounds = [
@@ -147,7 +148,7 @@ def flash_attention_3_float8_of_qkv(qkv: Tensor, norm: QkNorm, span: slice | Non
         value_scale,
         head_size**-0.5,
     )
-    return (out[..., :head_size] + value_mean).to(qkv.dtype)
+    return out[..., :head_size], value_mean
 
 
 def _some_keys(qkv: Tensor, norm: QkNorm) -> Tensor:

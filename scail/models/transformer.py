@@ -271,14 +271,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(size, 3 * size)
         self.norm_q = RMSNorm(size, config.eps)
         self.norm_k = RMSNorm(size, config.eps)
-        self.out = nn.Linear(size, size)
+        self.out = LinearOfSum(size, size)
 
     def forward(self, tokens: Tensor, rotary: RotaryTable, span: slice | None = None) -> Tensor:
         qkv = self.qkv(tokens)
         weights = (self.norm_q.weight, self.norm_k.weight)
         if self.attend_qkv is not None:
             norm = QkNorm(*weights, rotary.cos, rotary.sin, self.head_size, self.norm_q.eps)
-            return self.out(self.attend_qkv(qkv, norm, span).flatten(-2))
+            return self.out.of_sum(*(part.flatten(-2) for part in self.attend_qkv(qkv, norm, span)))
         query, key = qk_norm_rotary(
             qkv, *weights, rotary.cos, rotary.sin, head_size=self.head_size, eps=self.norm_q.eps
         )  # (B, L, heads, head_size)
@@ -302,7 +302,7 @@ class CrossAttention(nn.Module):
         self.norm_q = RMSNorm(size, config.eps)
         self.norm_text_k = RMSNorm(size, config.eps)
         self.norm_image_k = RMSNorm(size, config.eps)
-        self.out = nn.Linear(size, size)
+        self.out = LinearOfSum(size, size)
 
     def text_key_value(self, text: Tensor) -> KeyValue:
         key, value = self.text_kv(text).chunk(2, dim=-1)
@@ -314,8 +314,16 @@ class CrossAttention(nn.Module):
 
     def forward(self, tokens: Tensor, text: KeyValue, image: KeyValue) -> Tensor:
         query = _split_heads(self.norm_q(self.q(tokens)), self.head_size)
-        out = self.attend(query, *text.of_batch(len(query))) + self.attend(query, *image.of_batch(len(query)))
-        return self.out(out.flatten(-2))
+        parts = (self.attend(query, *side.of_batch(len(query))) for side in (text, image))
+        return self.out.of_sum(*(part.flatten(-2) for part in parts))
+
+
+class LinearOfSum(nn.Linear):
+    """A layer whose input comes in two parts."""
+
+    def of_sum(self, x: Tensor, other: Tensor) -> Tensor:
+        """Of `x` (B, L, D) plus `other`, (B, L, D) or (B, 1, D), in the dtype of `x`."""
+        return self((x + other).to(x.dtype))
 
 
 class Head(nn.Module):

@@ -200,7 +200,7 @@ def test_float8_attention_of_one_product_is_that_of_its_parts(float8_kernel, mon
     angles = 0.01 * draw(length, head_size // 2)
     norm = QkNorm(1 + draw(size).abs(), 1 + draw(size).abs(), angles.cos(), angles.sin(), head_size, 1e-6)
 
-    out = attention.flash_attention_3_float8_of_qkv(qkv, norm, span)
+    out = sum(attention.flash_attention_3_float8_of_qkv(qkv, norm, span))
 
     query, key = qk_norm_rotary(
         qkv, norm.weight_q, norm.weight_k, norm.cos, norm.sin, head_size=head_size, eps=norm.eps

@@ -50,11 +50,15 @@ def test_one_large_number_costs_its_own_row_only():
 
 
 def test_the_joined_steps_are_the_single_ones():
-    x = random(5, 32)
+    x, other, shared = random(2, 5, 32), random(2, 5, 33)[..., :32], random(2, 1, 32)
 
-    gelu, _ = kernels.gelu_quantize_rows(x)
+    joined = kernels.gelu_quantize_rows(x), kernels.sum_quantize_rows(x, other), kernels.sum_quantize_rows(x, shared)
 
-    assert torch.equal(gelu.float(), kernels.quantize_rows(F.gelu(x, approximate="tanh"))[0].float())
+    single = F.gelu(x, approximate="tanh"), x + other, x + shared
+    for (values, scales), whole in zip(joined, single, strict=True):
+        expected = kernels.quantize_rows(whole)
+        assert torch.equal(values.float(), expected[0].float())
+        assert torch.equal(scales, expected[1])
 
 
 @pytest.mark.gpu
@@ -101,11 +105,14 @@ def test_the_float8_query_and_key_kernel_equals_its_plain_version(length, num_he
 @needs_gpu
 @pytest.mark.parametrize("size", [48, 5120, 13824])
 def test_the_quantising_kernels_equal_their_plain_versions(size):
-    x = random(257, size, device="cuda", dtype=torch.bfloat16)
+    x, other = (random(2, length, size, device="cuda", dtype=torch.bfloat16)[:, :257] for length in (257, 258))
+    mean = random(2, 1, size, device="cuda")
 
     pairs = {
         "rows": (kernels.quantize_rows(x), reference.quantize_rows(x)),
         "gelu": (kernels.gelu_quantize_rows(x), reference.gelu_quantize_rows(x)),
+        "sum": (kernels.sum_quantize_rows(x, other), reference.sum_quantize_rows(x, other)),
+        "sum with a mean": (kernels.sum_quantize_rows(x, mean), reference.sum_quantize_rows(x, mean)),
     }
 
     for name, ((values, scales), (plain_values, plain_scales)) in pairs.items():
