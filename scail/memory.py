@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,10 @@ logger = logging.getLogger(__name__)
 BALANCED_BYTES = 22_000_000_000  # what a card of 24 GB has beside a desktop and the CUDA context
 ALIGNMENT = 256  # bytes; the strictest kernel asks for 128
 BESIDE_BYTES = 2_000_000_000  # the context, and handles of cuBLAS and cuDNN for each thread: not of torch's allocator
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # by which a user sets up torch's allocator
 SHARE_TO_USE = 0.92  # of the free memory, when the budget is made of it: the allocator loses some between its blocks
 
-_ACTIVATIONS = 12  # tensors of tokens × hidden size that are alive at once in a block's MLP, rounded up
+_ACTIVATIONS = 14  # tensors of tokens × hidden size that are alive at once in a block's MLP, rounded up
 _DECODING_BYTES = 4_100_000_000  # the VAE's peak at 81 frames of 512 × 896, above its weights
 
 
@@ -69,7 +71,7 @@ class Placement:
             num_resident_blocks: Instead of what the policy's budget allows.
         """
         device = self.device = with_index(device)
-        leave_room(device)
+        prepare_allocator(device)
         sizes = _Sizes.of(transformer, (vae, text_encoder, image_encoder), device)
         self.policy, budget = choose_policy(policy, sizes, device)
         self._waiting: list[Tensor] = []
@@ -122,14 +124,18 @@ class Placement:
             locked.append(flat)
 
 
-def leave_room(device: torch.device) -> None:
-    """Let torch's allocator keep less than the whole device: what it keeps for later is lost to everybody else.
+def prepare_allocator(device: torch.device) -> None:
+    """Let torch's allocator keep less than the whole device, and in pieces that grow, unless the environment says how.
 
-    Without this a first clip that fills its cache leaves nothing for the handles of the next clip's thread.
+    What it keeps for later is lost to everybody else: a first clip that fills its cache would leave nothing for the
+    handles of the next clip's thread. And of pieces that cannot grow it lost 5 GB between the stages of a clip.
     """
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(0.5, 1 - BESIDE_BYTES / total), device)
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(0.5, 1 - BESIDE_BYTES / total), device)
+    if not ALLOCATOR_VARIABLES & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -92,7 +92,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_quantize_rows(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of `x` (B, L, D) plus `other`, (B, L, D) or (B, 1, D), in one pass and without rounding between."""
+    """`quantize_rows` of `x` (B, L, D) plus `other`, (B, L, D) or (B, 1, D), in one pass, not rounded between."""
     if _takes_kernel(x):
         return triton_kernels.quantize_rows(x.contiguous(), other.contiguous(), False)
     return reference.sum_quantize_rows(x, other)

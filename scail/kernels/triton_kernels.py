@@ -2,8 +2,9 @@
 
 One program works on one row, and a row's memory is read once: it waits in registers, or in the first-level cache,
 between the reduction over it and what is done with the result. A row that waits in registers is cut into parts of a
-power of two, which keep the same threads and are reduced together. Roundings are those of the plain versions. Numbers are
-compile-time constants: the compiler of a whole graph would hand them over in float64, and all that meets them is too.
+power of two, which keep the same threads and are reduced together. Roundings are those of the plain versions. Numbers
+are compile-time constants: the compiler of a whole graph would hand them over in float64, and all that meets them is
+too.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _quantize_rows_kernel(
         if GELU:
             x = _gelu(x)
         largest = tl.maximum(largest, tl.abs(x))
-        parts = parts + (x,)
+        parts += (x,)  # type: ignore[assignment]
     _store_quantized(parts, largest, target, scales, row, SIZE, BLOCK, PARTS)
 
 
@@ -154,9 +155,7 @@ def _gelu(x):
 @triton.jit
 def _reciprocal(x):
     """To the last bit but one; a division takes four times the instructions, and this kernel is bound by them."""
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -221,7 +220,7 @@ def _norm_quantize_kernel(
             tl.store(total + row * SIZE + at, rounded, mask=inside)
             x = rounded.to(tl.float32)
         sums += x
-        parts = parts + (x,)
+        parts += (x,)  # type: ignore[assignment]
     mean = tl.sum(sums) / SIZE
     squares = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(PARTS):
@@ -237,7 +236,7 @@ def _norm_quantize_kernel(
         shift = tl.load(offset + item * stride + at, mask=inside, other=0.0).to(tl.float32)
         x = (parts[part] - mean) * (inverse * scale) + shift
         largest = tl.maximum(largest, tl.abs(x))
-        normed = normed + (x,)
+        normed += (x,)  # type: ignore[assignment]
     _store_quantized(normed, largest, target, scales, row, SIZE, BLOCK, PARTS)
 
 
@@ -285,5 +284,5 @@ def _launch_norm(
         EPS=eps,
         HAS_UPDATE=update is not None,
         HAS_GATE=gate is not None,
-        num_warps=8,
+        num_warps=4,
     )

@@ -267,8 +267,25 @@ def test_torch_may_not_keep_the_whole_device(monkeypatch, total, left):
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.update({device.index: share})
     )
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda _settings: None)
 
-    memory.leave_room(torch.device("cuda", 1))
-    memory.leave_room(CPU)
+    memory.prepare_allocator(torch.device("cuda", 1))
+    memory.prepare_allocator(CPU)
 
     assert {index: round(total * (1 - share)) for index, share in shares.items()} == {1: round(left)}
+
+
+@pytest.mark.parametrize("variable", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_set_up_unless_the_user_has_done_it(monkeypatch, variable):
+    settings = []
+    for name in memory.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:512")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=int(80e9)))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: None)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+
+    memory.prepare_allocator(torch.device("cuda", 0))
+
+    assert settings == ([] if variable else ["expandable_segments:True"])
