@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from scail.config import DEFAULT_PROFILE, POLICIES, PROFILES, PlacementPolicy, RuntimeConfig
 from tasks import thrift
 from tasks.checkpoint import local_checkpoint, model_fingerprint
+from tasks.errors import RefusedError
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -185,7 +186,25 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if device.startswith("cuda"):
+        check_visible_gpus()
     return torch.device(device), getattr(torch, dtype)
+
+
+def check_visible_gpus() -> None:
+    """CUDA reads once, when a process first looks at a GPU, which GPUs it may see; importing our kernels does that.
+
+    Raises:
+        RefusedError: If the variable came later: workers that were given a GPU each would share the first one.
+    """
+    import torch
+
+    named, found = os.environ.get("CUDA_VISIBLE_DEVICES"), torch._C._cuda_getDeviceCount()
+    if named is not None and found > len(named.split(",")):
+        raise RefusedError(
+            f"CUDA_VISIBLE_DEVICES is {named!r}, but CUDA sees {found} GPUs: it was loaded before the variable was "
+            "set. Import torch and scail's pipeline inside functions of the script that starts the workers"
+        )
 
 
 @lru_cache(maxsize=1)

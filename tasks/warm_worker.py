@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self
 
+from tasks.cluster import visible_gpus
+from tasks.resident import check_visible_gpus
 from tasks.turns import Turn
 
 if TYPE_CHECKING:
@@ -127,10 +130,11 @@ class Fleet:
         """Start them; they load a model and render a first clip side by side."""
         context = get_context("spawn")
         self._connections, self.processes = [], []
-        for number in range(num_workers):
+        for gpu in (visible_gpus() or list(map(str, range(num_workers))))[:num_workers]:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(number, plan, theirs), daemon=True)
-            process.start()
+            process = context.Process(target=_serve, args=(plan, theirs), daemon=True)
+            with _visible(gpu):
+                process.start()
             theirs.close()
             self._connections.append(ours)
             self.processes.append(process)
@@ -161,15 +165,28 @@ class Fleet:
             process.join()
 
 
-def _serve(number: int, plan: WorkerPlan, connection: Connection) -> None:
+@contextmanager
+def _visible(gpu: str) -> Iterator[None]:
+    """Inside, a process that is started sees one GPU from its first line on: its arguments bring torch with them."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _serve(plan: WorkerPlan, connection: Connection) -> None:
     """A process of a fleet: renders its clips as often as it is asked to."""
-    device = plan.work.device
-    if device.type == "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)  # before torch looks
     from scail.bench import random_pipeline
 
     work = plan.work
-    pipeline = random_pipeline(work.config, device=device, dtype=work.dtype, runtime=plan.runtime)
+    if work.device.type == "cuda":
+        check_visible_gpus()
+    pipeline = random_pipeline(work.config, device=work.device, dtype=work.dtype, runtime=plan.runtime)
     with TemporaryDirectory() as name:
         folder = Path(name)
         clips = write_clips(

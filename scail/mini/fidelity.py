@@ -96,7 +96,7 @@ def measure(trial: Trial, shortcuts: Iterable[Shortcut], save: Callable[[dict[st
 
     Returns:
         Plain numbers, ready for JSON: scores of the exact path, and for each shortcut its scores, its distance to the
-        exact path and the seconds of a clip.
+        exact path, the seconds of a clip and how many times as fast that is.
     """
     device = torch.device(trial.device)
     exact = trial.clips_of(EXACT_PATH)
@@ -115,6 +115,7 @@ def measure(trial: Trial, shortcuts: Iterable[Shortcut], save: Callable[[dict[st
             clips = clips_in_processes(trial, shortcut) if shortcut.num_processes > 1 else trial.clips_of(shortcut)
             row |= scores_of(trial, clips) | distance(clips, exact)
             row["seconds"] /= shortcut.num_processes  # that render at the same time
+            row["speed"] = report["exact"]["seconds"] / row["seconds"]  # in this run: another may have had another card
         except (ScailError, RuntimeError, ImportError) as error:  # the other rows are worth having
             row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
         logger.info("%s", row)

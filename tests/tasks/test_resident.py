@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
+import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from tasks.resident import keep_compiled
+from tasks.errors import RefusedError
+from tasks.resident import choose_device, keep_compiled
 
 
 def test_compilers_keep_their_work_where_the_next_worker_looks(tmp_path, monkeypatch):
@@ -24,3 +27,23 @@ def test_a_place_that_somebody_chose_is_kept(tmp_path, monkeypatch):
     keep_compiled(tmp_path)
 
     assert cache_dir() == os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(("visible", "found"), [("1", 2), ("0,1", 3)])
+def test_a_gpu_that_was_named_too_late_is_refused(monkeypatch, visible, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: found, raising=False)
+
+    with pytest.raises(RefusedError, match=f"CUDA_VISIBLE_DEVICES is '{visible}', but CUDA sees {found} GPUs"):
+        choose_device("cuda", "auto")
+
+
+@pytest.mark.parametrize(("visible", "found"), [("1", 1), ("GPU-7,GPU-9", 2), ("0,1,9", 2), (None, 8)])
+def test_gpus_that_were_named_in_time_are_taken(monkeypatch, visible, found):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: found, raising=False)
+
+    assert choose_device("cuda", "auto") == (torch.device("cuda"), torch.bfloat16)

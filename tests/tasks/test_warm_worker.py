@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -43,3 +45,26 @@ def test_a_fleet_renders_in_processes_of_its_own_and_says_when_one_has_died():
 
     assert all(len(times.spans) == 3 and times.clips_per_hour > 0 for times in (alone, *together))
     assert not any(process.is_alive() for process in fleet.processes)
+
+
+class Witness:
+    """Stands for a plan; says what its process saw when its arguments came."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        (self.folder / str(os.getpid())).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+
+
+def test_a_process_sees_one_gpu_before_its_arguments_bring_torch(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7,GPU-9")
+
+    with Fleet(Witness(tmp_path), 2) as fleet:
+        for process in fleet.processes:
+            process.join(60)  # a witness has nothing to render
+
+    assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["GPU-7", "GPU-9"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7,GPU-9"
+    assert "'Witness' object has no attribute 'work'" in capfd.readouterr().err
