@@ -10,19 +10,37 @@ from tasks.resident import choose_device
 from tasks.settings import Settings
 
 
-def render_pose_video(joints: Path, video: Path, *, height: int | None, width: int | None, two_persons: bool) -> int:
+def render_pose_video(
+    joints: Path,
+    video: Path,
+    *,
+    height: int | None,
+    width: int | None,
+    two_persons: bool = False,
+    align_to: Path | None = None,
+) -> int:
     """Write the pose video of a pose file, and return the number of its frames.
 
     Raises:
-        RefusedError: If the file cannot be read, only one side is given, or the video cannot be written.
+        RefusedError: If a file cannot be read, only one side is given, two persons are to be aligned, which one
+            camera cannot do, or the video cannot be written.
     """
     from scail.pose.io import render_to_mp4
 
     if (height is None) != (width is None):
         raise RefusedError("height and width go together: give both or neither")
+    if two_persons and align_to is not None:
+        raise RefusedError("one camera aligns one person: give a reference or two persons, not both")
     size = None if height is None or width is None else (height, width)
     device, _ = choose_device(Settings().device, "float32")
     try:
-        return render_to_mp4(joints, video, size=size, palette="multi" if two_persons else "single", device=device)
+        return render_to_mp4(
+            joints,
+            video,
+            size=size,
+            palette="multi" if two_persons else "single",
+            align_to=align_to,
+            device=device,
+        )
     except ScailError as error:
         raise RefusedError(str(error)) from error

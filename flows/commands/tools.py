@@ -121,12 +121,21 @@ def render_pose_file(
     height: Annotated[int | None, typer.Option(min=2, help="Rows; with --width. [default: the pose file's]")] = None,
     width: Annotated[int | None, typer.Option(min=2, help="Columns; with --height.")] = None,
     two_persons: Annotated[bool, typer.Option("--two-persons", help="Colours that tell persons apart.")] = False,
+    align_to: Annotated[
+        Path | None,
+        typer.Option(
+            help="Pose file (.npz) of the reference image, of which 2D points are enough: the camera is moved so that "
+            "the first person stands where the reference's does, and as tall."
+        ),
+    ] = None,
 ) -> None:
     """Draw a pose file as the official renderer does."""
     from tasks.pose import render_pose_video
 
     try:
-        num_frames = render_pose_video(joints, video, height=height, width=width, two_persons=two_persons)
+        num_frames = render_pose_video(
+            joints, video, height=height, width=width, two_persons=two_persons, align_to=align_to
+        )
     except RefusedError as error:
         refuse(error)
     out.print(f"{num_frames} frames → {video}", markup=False)

@@ -233,6 +233,21 @@ def test_a_pose_file_becomes_a_video(tmp_path):
     assert resized.exit_code == 0
 
 
+def test_a_pose_file_is_aligned_to_a_reference(tmp_path):
+    golden = Path(__file__).parents[1] / "golden"
+    motion, reference = golden / "p02_wave_256x448_2d.npz", golden / "p01_walk_128x224.npz"
+
+    itself = scail("pose", "render", motion, tmp_path / "wave.mp4", "--align-to", motion)
+    both = scail("pose", "render", motion, tmp_path / "both.mp4", "--align-to", motion, "--two-persons")
+    pointless = scail("pose", "render", motion, tmp_path / "none.mp4", "--align-to", reference)
+
+    assert itself.exit_code == 0
+    assert probe_video(tmp_path / "wave.mp4").num_frames == 6
+    assert (both.exit_code, pointless.exit_code) == (2, 2)
+    assert "one camera aligns one person" in both.stderr
+    assert "the reference has no 2D points of a person" in pointless.stderr
+
+
 def test_a_pose_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "joints.npz").write_bytes(b"no zip at all")
 
