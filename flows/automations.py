@@ -1,8 +1,9 @@
 """What the Prefect server does by itself when an event comes, or when one fails to come.
 
-Silent runs crash     a run whose heartbeats stop, because its machine died, is marked as crashed
-Crashed runs go on    a crashed run of a deployment is scheduled again; it renders what is not done yet
-Uploads are seen      an event about an upload starts the inbox's deployment at once, not at its next minute
+Silent runs crash         a run whose heartbeats stop, because its machine died, is marked as crashed
+Crashed runs go on        a crashed run of a deployment is scheduled again; it renders what is not done yet
+Unstarted runs come back  a run that was taken and never began, because its machine died first, is scheduled again
+Uploads are seen          an event about an upload starts the inbox's deployment at once, not at its next minute
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ HEARTBEAT_SECONDS = 30  # PREFECT_FLOWS_HEARTBEAT_FREQUENCY of whatever runs the
 SILENCE_SECONDS = 90  # three heartbeats
 SETTLING_SECONDS = 15  # Prefect's worker reports a killed process twice, a few seconds apart
 MAX_RUN_COUNT = 10  # a run that crashes ten times has a reason that an eleventh start does not mend
+UNSTARTED_SECONDS = 900  # a machine may have to be found for a run, and an image fetched
 RESTARTED_DEPLOYMENTS = ("render-manifest", "render-nightly")  # the inbox's next minute takes over what it left
+
+DEPLOYMENTS = (*RESTARTED_DEPLOYMENTS, "watch-inbox")
 
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
@@ -80,6 +84,36 @@ def crashed_runs_go_on(deployments: Sequence[str] = RESTARTED_DEPLOYMENTS) -> Au
         actions=[
             ChangeFlowRunState(
                 state=StateType.SCHEDULED, name="AwaitingRetry", message="crashed; goes on with what is not done yet"
+            )
+        ],
+    )
+
+
+def unstarted_runs_come_back(within_seconds: float = UNSTARTED_SECONDS) -> Automation:
+    """A run of a deployment of ours that a worker took, and of which nothing was heard since, is given to another one.
+
+    It has had no heartbeat yet whose absence could be noticed. Should it begin after all, both runs share the clips.
+    """
+    return Automation(
+        name="scail: unstarted runs come back",
+        description="A run that was taken and did not begin, because its machine died first, is scheduled again.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.Pending"},
+            expect={"prefect.flow-run.*"},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            match_related=ResourceSpecification(
+                {"prefect.resource.role": "deployment", "prefect.resource.name": list(DEPLOYMENTS)}
+            ),
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=timedelta(seconds=within_seconds),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.SCHEDULED,
+                name="AwaitingRetry",
+                message=f"did not begin within {within_seconds:.0f} s: its machine is gone",
             )
         ],
     )

@@ -29,7 +29,7 @@ def examine(checkpoint: str) -> list[Finding]:
         "decord": _decord,
         "torch": _torch,
         "scratch": _scratch,
-        "Prefect API": prefect_api,
+        "Prefect API": _prefect,
     }
     if (tls_dir := Settings().tls_dir) is not None:
         checks["TLS"] = partial(describe_certificate, tls_dir)
@@ -104,3 +104,25 @@ def prefect_api() -> str:
         if (error := client.api_healthcheck()) is not None:
             raise error
     return f"{url} answers"
+
+
+def _prefect() -> str:
+    from prefect.settings import PREFECT_API_URL
+
+    answer = prefect_api()
+    if PREFECT_API_URL.value() and _forgets_leases():
+        answer += "; it keeps leases in memory: restarted, it ends runs that are under a limit (docs/inbox.md)"
+    return answer
+
+
+def _forgets_leases() -> bool:
+    """Whether the server says so; Prefect's cloud does not say."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with get_client(sync_client=True) as client:
+        try:
+            settings = client.request("GET", "/admin/settings").json()
+        except PrefectHTTPStatusError:
+            return False
+    return str(settings["server"].get("concurrency", {}).get("lease_storage")).endswith(".memory")

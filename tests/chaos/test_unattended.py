@@ -42,6 +42,7 @@ from tests.chaos.test_steering import (
 )
 from tests.tasks.emulators import BUCKET, PubSub, pubsub_emulator
 
+UNSTARTED_SECONDS = 20
 SILENCE_SECONDS = 35  # Prefect takes no heartbeat more often than every 30
 
 
@@ -53,11 +54,11 @@ class Studio:
     root: str
     deployments: dict[str, str]  # ids by name
 
-    def start(self, manifest: Path, output: Path) -> str:
+    def start(self, manifest: Path, output: Path, *, state: str = "SCHEDULED") -> str:
         """What *Quick run* does in the UI; returns the flow run's id."""
         parameters = {"manifest": str(manifest), "output": str(output)}
         path = f"deployments/{self.deployments['render-manifest']}/create_flow_run"
-        return self.cluster.call(path, {"parameters": parameters, "state": {"type": "SCHEDULED"}})["id"]
+        return self.cluster.call(path, {"parameters": parameters, "state": {"type": state}})["id"]
 
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
         return self.cluster.call(f"flow_runs/{flow_run_id}")
@@ -99,7 +100,12 @@ def studio(shared_cluster, module_bucket) -> Iterator[Studio]:
     root = f"gs://{BUCKET}/{uuid.uuid4().hex}"
     with temporary_settings({PREFECT_API_URL: shared_cluster.api_url}):
         registered = deploy({"inbox": f"{root}/inbox", "output": f"{root}/renders"})
-        automations.register([automations.silent_runs_crash(SILENCE_SECONDS)])
+        automations.register(
+            [
+                automations.silent_runs_crash(SILENCE_SECONDS),
+                automations.unstarted_runs_come_back(UNSTARTED_SECONDS),
+            ]
+        )
     studio = Studio(shared_cluster, root, {item.name: str(item.id) for item in registered})
     set_schedule(studio, on=False)
     shared_cluster.start_coordinator()
@@ -158,6 +164,16 @@ def test_the_uis_pause_lets_clips_end_and_its_resume_goes_on_where_they_were(stu
     assert paused_at == still_paused_at < 10
     assert num_computed(output) == len(done_clips(output)) == 10
     wait_until(lambda: not process.is_running(), "the process that was paused has left the run to the one resumed", 30)
+
+
+def test_a_run_whose_machine_died_before_it_began_is_started_again(studio, tmp_path):
+    output = tmp_path / "out"
+
+    flow_run_id = studio.start(write_clips(tmp_path, ["a dancer"] * 2), output, state="PENDING")  # taken, then nothing
+
+    studio.wait_for(flow_run_id, "Completed")
+    assert studio.states(flow_run_id)[:2] == ["Pending", "AwaitingRetry"]
+    assert len(done_clips(output)) == 2
 
 
 def test_a_killed_coordinator_is_started_again_and_goes_on_where_it_was(studio, tmp_path):

@@ -11,10 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from prefect.automations import Automation
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -27,6 +28,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.deployments import DEPLOYMENTS, RUN_ENVIRONMENT, TAGS, TIMEZONE, WORK_POOL, Deployment, deploy, find
 from scail.probe import probe_video
+from tasks.doctor import examine
 from tests.chaos.harness import free_port, kill_tree, wait_until
 from tests.flows.postgres import find_binaries, running_postgres
 
@@ -157,7 +159,7 @@ def test_what_is_registered_can_be_run_by_any_worker_with_the_package(sqlite_ser
     registered = deploy(FOLDERS)
 
     assert [item.name for item in registered] == [item.name for item in DEPLOYMENTS]
-    for name in ("silent runs crash", "crashed runs go on", "uploads are seen"):
+    for name in ("silent runs crash", "crashed runs go on", "unstarted runs come back", "uploads are seen"):
         assert Automation.read(name=f"scail: {name}").enabled
     with get_client(sync_client=True) as client:
         for item in registered:
@@ -253,3 +255,28 @@ def test_without_a_server_nothing_is_registered():
 
     assert result.exit_code == 2
     assert "PREFECT_API_URL" in result.stderr
+
+
+def test_the_doctor_says_where_a_server_keeps_its_leases(sqlite_server, monkeypatch, tmp_path):
+    def of_prefect():
+        return next(finding.message for finding in examine(str(tmp_path)) if finding.what == "Prefect API")
+
+    in_memory = of_prefect()  # Prefect's own choice
+    in_files = {"server": {"concurrency": {"lease_storage": "prefect.server.concurrency.lease_storage.filesystem"}}}
+    monkeypatch.setattr(SyncPrefectClient, "request", lambda *_: httpx.Response(200, json=in_files))
+
+    assert in_memory == (
+        f"{sqlite_server} answers; it keeps leases in memory: restarted, it ends runs that are under a limit "
+        "(docs/inbox.md)"
+    )
+    assert of_prefect() == f"{sqlite_server} answers"
+
+
+def test_a_server_that_does_not_show_its_settings_is_no_trouble(sqlite_server, monkeypatch, tmp_path):
+    def refuse(*_):
+        request = httpx.Request("GET", f"{sqlite_server}/admin/settings")
+        raise PrefectHTTPStatusError("404", request=request, response=httpx.Response(404, request=request))
+
+    monkeypatch.setattr(SyncPrefectClient, "request", refuse)
+
+    assert any(finding.ok and finding.message == f"{sqlite_server} answers" for finding in examine(str(tmp_path)))
