@@ -13,9 +13,10 @@ from scail import bench, memory
 from scail.checkpoint import on_meta
 from scail.config import SCAIL_14B, SCAIL_TINY, RuntimeConfig, SamplingParams
 from scail.errors import Interrupted
-from scail.memory import LayerStream, Placement, Slots, Stack, spread
+from scail.memory import Placement, spread
 from scail.models.transformer import ScailTransformer
 from scail.quantization import quantize_blocks
+from scail.streaming import ALIGNMENT, LayerStream, Slots, Stack
 
 CPU = torch.device("cpu")
 DEEP = replace(SCAIL_TINY, transformer=replace(SCAIL_TINY.transformer, num_layers=5))
@@ -120,7 +121,7 @@ def test_the_next_layer_is_on_its_way_while_one_computes(monkeypatch):
 
 
 def test_stacks_that_share_their_slots_do_not_disturb_one_another():
-    slots = Slots(memory.ALIGNMENT * 4, CPU)
+    slots = Slots(ALIGNMENT * 4, CPU)
     stacks = [[nn.Linear(2, 3) for _ in range(3)], [nn.Linear(4, 1) for _ in range(2)]]
     biases = [[layer.bias.detach().clone() for layer in layers] for layers in stacks]
     streams = [stream_of(layers, range(len(layers)), slots) for layers in stacks]
