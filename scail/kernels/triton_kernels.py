@@ -23,56 +23,8 @@ _TINY = tl.constexpr(1e-12)
 
 @triton.jit
 def _qk_norm_rotary_kernel(
-    qkv, weight_q, weight_k, cos, sin, query, key, length,
-    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    source = qkv + row * 3 * SIZE + part * SIZE
-    weight = weight_q
-    target = query
-    if part == 1:
-        weight = weight_k
-        target = key
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, SIZE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32)
-        squares += x * x
-    inverse = tl.rsqrt(tl.sum(squares) / SIZE + EPS)
-    table = (row % length) * HALF_HEAD
-    for start in range(0, SIZE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(source + at, mask=at < SIZE, other=0.0)
-        w = tl.load(weight + at, mask=at < SIZE, other=0.0).to(tl.float32)
-        normed = (x.to(tl.float32) * inverse * w).to(x.dtype).to(tl.float32)
-        even, odd = tl.split(tl.reshape(normed, (BLOCK // 2, 2)))
-        pair = (start // 2 + tl.arange(0, BLOCK // 2)) % HALF_HEAD
-        c = tl.load(cos + table + pair).to(tl.float32)
-        s = tl.load(sin + table + pair).to(tl.float32)
-        rotated = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BLOCK,))
-        tl.store(target + row * SIZE + at, rotated.to(x.dtype), mask=at < SIZE)
-
-
-@triton_op("scail::qk_norm_rotary", mutates_args={})
-def qk_norm_rotary(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, head_size: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    batch_size, length, triple = qkv.shape
-    size = triple // 3
-    shape = (batch_size, length, size // head_size, head_size)
-    query, key = qkv.new_empty(shape), qkv.new_empty(shape)
-    wrap_triton(_qk_norm_rotary_kernel)[(batch_size * length, 2)](
-        qkv, weight_q, weight_k, cos, sin, query, key, length,
-        SIZE=size, HALF_HEAD=head_size // 2, BLOCK=min(1024, triton.next_power_of_2(size)), EPS=eps, num_warps=4,
-    )  # fmt: skip
-    return query, key
-
-
-@triton.jit
-def _qk_norm_rotary_float8_kernel(
     qkv, weight_q, weight_k, cos, sin, key_mean, scales_q, scales_k, query, key, length,
-    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, TO_FLOAT8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -95,18 +47,30 @@ def _qk_norm_rotary_float8_kernel(
     for start in range(0, SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < SIZE
-        x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(source + at, mask=inside, other=0.0)
         w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x * inverse * w, (BLOCK // 2, 2)))
+        normed = x.to(tl.float32) * inverse * w
+        if not TO_FLOAT8:
+            normed = normed.to(x.dtype).to(tl.float32)
+        even, odd = tl.split(tl.reshape(normed, (BLOCK // 2, 2)))
         pair = (start // 2 + tl.arange(0, BLOCK // 2)) % HALF_HEAD
         c = tl.load(cos + table + pair).to(tl.float32)
         s = tl.load(sin + table + pair).to(tl.float32)
         rotated = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BLOCK,))
-        if part == 1:
-            rotated -= tl.load(mean + at, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scales + at // (2 * HALF_HEAD), mask=inside, other=1.0)
-        rounded = tl.clamp(rotated / scale, -_FLOAT8_MAX, _FLOAT8_MAX).to(target.dtype.element_ty)
-        tl.store(target + row * SIZE + at, rounded, mask=inside)
+        if TO_FLOAT8:
+            if part == 1:
+                rotated -= tl.load(mean + at, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scales + at // (2 * HALF_HEAD), mask=inside, other=1.0)
+            rotated = tl.clamp(rotated / scale, -_FLOAT8_MAX, _FLOAT8_MAX)
+        tl.store(target + row * SIZE + at, rotated.to(target.dtype.element_ty), mask=inside)
+
+
+@triton_op("scail::qk_norm_rotary", mutates_args={})
+def qk_norm_rotary(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, head_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    unused = (qkv, qkv, qkv)  # a mean and scales
+    return _launch_qk(qkv, weight_q, weight_k, cos, sin, *unused, head_size, eps, to_float8=False)
 
 
 @triton_op("scail::qk_norm_rotary_float8", mutates_args={})
@@ -114,14 +78,38 @@ def qk_norm_rotary_float8(
     qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
     key_mean: Tensor, scales_q: Tensor, scales_k: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch_size, length, _ = qkv.shape
-    _, num_heads, head_size = key_mean.shape
-    shape, size = (batch_size, length, num_heads, head_size), num_heads * head_size
-    query, key = qkv.new_empty(shape, dtype=FLOAT8), qkv.new_empty(shape, dtype=FLOAT8)
-    wrap_triton(_qk_norm_rotary_float8_kernel)[(batch_size * length, 2)](
-        qkv, weight_q, weight_k, cos, sin, key_mean, scales_q, scales_k, query, key, length,
-        SIZE=size, HALF_HEAD=head_size // 2, BLOCK=min(1024, triton.next_power_of_2(size)), EPS=eps, num_warps=4,
-    )  # fmt: skip
+    head_size = key_mean.shape[-1]
+    scaling = (key_mean, scales_q, scales_k)
+    return _launch_qk(qkv, weight_q, weight_k, cos, sin, *scaling, head_size, eps, to_float8=True)
+
+
+def _launch_qk(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
+    key_mean: Tensor, scales_q: Tensor, scales_k: Tensor, head_size: int, eps: float, *, to_float8: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch_size, length, triple = qkv.shape
+    size = triple // 3
+    shape, dtype = (batch_size, length, size // head_size, head_size), FLOAT8 if to_float8 else qkv.dtype
+    query, key = qkv.new_empty(shape, dtype=dtype), qkv.new_empty(shape, dtype=dtype)
+    wrap_triton(_qk_norm_rotary_kernel)[(batch_size * length, 2)](
+        qkv,
+        weight_q,
+        weight_k,
+        cos,
+        sin,
+        key_mean,
+        scales_q,
+        scales_k,
+        query,
+        key,
+        length,
+        SIZE=size,
+        HALF_HEAD=head_size // 2,
+        BLOCK=min(1024, triton.next_power_of_2(size)),
+        EPS=eps,
+        TO_FLOAT8=to_float8,
+        num_warps=4,
+    )
     return query, key
 
 
