@@ -61,18 +61,18 @@ def qk_norm_rotary_float8(
     scales_k: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rotary`, and what comes out in float8: never written in more, and rounded once.
+    """`qk_norm_rotary`, its four quarters mixed (`reference.mix_quarters`), in float8: rounded once.
 
     Args:
         qkv, weight_q, weight_k, cos, sin, eps: Of `qk_norm_rotary`.
-        key_mean: (B, heads, head_size), taken from every key before it is rounded.
+        key_mean: (B, heads, head_size), taken from every key before it is mixed.
         scales_q, scales_k: float32 (heads,), by which queries and keys are divided.
 
     Returns:
         Queries and keys, each float8 (B, L, heads, head_size), contiguous.
     """
     tensors = (qkv, weight_q, weight_k, cos, sin, key_mean.contiguous(), scales_q, scales_k)
-    if _takes_kernel(qkv):
+    if _takes_kernel(qkv) and reference.mixes(key_mean.shape[-1]):
         return triton_kernels.qk_norm_rotary_float8(*tensors, eps)
     return reference.qk_norm_rotary_float8(*tensors, eps)
 

@@ -22,10 +22,76 @@ _TINY = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _qk_norm_rotary_kernel(
-    qkv, weight_q, weight_k, cos, sin, key_mean, scales_q, scales_k, query, key, length,
-    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, TO_FLOAT8: tl.constexpr,
+def _inverse_rms(source, SIZE: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr):
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares) / SIZE + EPS)
+
+
+@triton.jit
+def _normed_and_rotated(
+    source, weight, cos, sin, at, pair, inside, inverse, BLOCK: tl.constexpr, ROUNDED: tl.constexpr
 ):  # fmt: skip
+    """Numbers `at` these places of a row, two by two, `pair` being the place of each two within a head."""
+    x = tl.load(source + at, mask=inside, other=0.0)
+    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    normed = x.to(tl.float32) * inverse * w
+    if ROUNDED:
+        normed = normed.to(x.dtype).to(tl.float32)
+    even, odd = tl.split(tl.reshape(normed, (BLOCK // 2, 2)))
+    c = tl.load(cos + pair).to(tl.float32)
+    s = tl.load(sin + pair).to(tl.float32)
+    return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BLOCK,))
+
+
+@triton.jit
+def _qk_norm_rotary_kernel(
+    qkv, weight_q, weight_k, cos, sin, query, key, length,
+    SIZE: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    source = qkv + row * 3 * SIZE + part * SIZE
+    weight = weight_q
+    target = query
+    if part == 1:
+        weight = weight_k
+        target = key
+    inverse = _inverse_rms(source, SIZE, BLOCK, EPS)
+    table = (row % length) * HALF_HEAD
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        pair = (start // 2 + tl.arange(0, BLOCK // 2)) % HALF_HEAD
+        rotated = _normed_and_rotated(
+            source, weight, cos + table, sin + table, at, pair, at < SIZE, inverse, BLOCK, True
+        )  # fmt: skip
+        tl.store(target + row * SIZE + at, rotated.to(target.dtype.element_ty), mask=at < SIZE)
+
+
+@triton_op("scail::qk_norm_rotary", mutates_args={})
+def qk_norm_rotary(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, head_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    batch_size, length, triple = qkv.shape
+    size = triple // 3
+    shape = (batch_size, length, size // head_size, head_size)
+    query, key = qkv.new_empty(shape), qkv.new_empty(shape)
+    wrap_triton(_qk_norm_rotary_kernel)[(batch_size * length, 2)](
+        qkv, weight_q, weight_k, cos, sin, query, key, length,
+        SIZE=size, HALF_HEAD=head_size // 2, BLOCK=min(1024, triton.next_power_of_2(size)), EPS=eps, num_warps=4,
+    )  # fmt: skip
+    return query, key
+
+
+@triton.jit
+def _qk_norm_rotary_float8_kernel(
+    qkv, weight_q, weight_k, cos, sin, key_mean, scales_q, scales_k, query, key, length,
+    SIZE: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """A thread has the same place of a head's four quarters, which are mixed."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     source = qkv + row * 3 * SIZE + part * SIZE
@@ -36,41 +102,37 @@ def _qk_norm_rotary_kernel(
         weight = weight_k
         scales = scales_k
         target = key
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, SIZE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32)
-        squares += x * x
-    inverse = tl.rsqrt(tl.sum(squares) / SIZE + EPS)
-    table = (row % length) * HALF_HEAD
+    inverse = _inverse_rms(source, SIZE, BLOCK, EPS)
+    table = (row % length) * (2 * QUARTER)
     mean = key_mean + (row // length) * SIZE
-    for start in range(0, SIZE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < SIZE
-        x = tl.load(source + at, mask=inside, other=0.0)
-        w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        normed = x.to(tl.float32) * inverse * w
-        if not TO_FLOAT8:
-            normed = normed.to(x.dtype).to(tl.float32)
-        even, odd = tl.split(tl.reshape(normed, (BLOCK // 2, 2)))
-        pair = (start // 2 + tl.arange(0, BLOCK // 2)) % HALF_HEAD
-        c = tl.load(cos + table + pair).to(tl.float32)
-        s = tl.load(sin + table + pair).to(tl.float32)
-        rotated = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BLOCK,))
-        if TO_FLOAT8:
+    for start in range(0, SIZE // 4, BLOCK // 4):
+        index = start + tl.arange(0, BLOCK // 4)
+        inside = index < SIZE // 4
+        head = index // QUARTER
+        at = head * (4 * QUARTER) + index % QUARTER
+        pair = (start // 2 + tl.arange(0, BLOCK // 8)) % (QUARTER // 2)
+        quarters = ()
+        for quarter in tl.static_range(4):
+            place = at + quarter * QUARTER
+            turned = pair + quarter * (QUARTER // 2)
+            rotated = _normed_and_rotated(
+                source, weight, cos + table, sin + table, place, turned, inside, inverse, BLOCK // 4, False
+            )  # fmt: skip
             if part == 1:
-                rotated -= tl.load(mean + at, mask=inside, other=0.0).to(tl.float32)
-            scale = tl.load(scales + at // (2 * HALF_HEAD), mask=inside, other=1.0)
-            rotated = tl.clamp(rotated / scale, -_FLOAT8_MAX, _FLOAT8_MAX)
-        tl.store(target + row * SIZE + at, rotated.to(target.dtype.element_ty), mask=inside)
+                rotated -= tl.load(mean + place, mask=inside, other=0.0).to(tl.float32)
+            quarters += (rotated,)  # type: ignore[assignment]
+        a, b, c, d = quarters  # type: ignore[misc]
+        scale = 2.0 * tl.load(scales + head, mask=inside, other=1.0)
+        place = target + row * SIZE + at
+        _store_float8(place, ((a + b) + (c + d)) / scale, inside)
+        _store_float8(place + QUARTER, ((a - b) + (c - d)) / scale, inside)
+        _store_float8(place + 2 * QUARTER, ((a + b) - (c + d)) / scale, inside)
+        _store_float8(place + 3 * QUARTER, ((a - b) - (c - d)) / scale, inside)
 
 
-@triton_op("scail::qk_norm_rotary", mutates_args={})
-def qk_norm_rotary(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, head_size: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    unused = (qkv, qkv, qkv)  # a mean and scales
-    return _launch_qk(qkv, weight_q, weight_k, cos, sin, *unused, head_size, eps, to_float8=False)
+@triton.jit
+def _store_float8(place, x, inside):
+    tl.store(place, tl.clamp(x, -_FLOAT8_MAX, _FLOAT8_MAX).to(place.dtype.element_ty), mask=inside)
 
 
 @triton_op("scail::qk_norm_rotary_float8", mutates_args={})
@@ -78,38 +140,14 @@ def qk_norm_rotary_float8(
     qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
     key_mean: Tensor, scales_q: Tensor, scales_k: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    head_size = key_mean.shape[-1]
-    scaling = (key_mean, scales_q, scales_k)
-    return _launch_qk(qkv, weight_q, weight_k, cos, sin, *scaling, head_size, eps, to_float8=True)
-
-
-def _launch_qk(
-    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
-    key_mean: Tensor, scales_q: Tensor, scales_k: Tensor, head_size: int, eps: float, *, to_float8: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch_size, length, triple = qkv.shape
-    size = triple // 3
-    shape, dtype = (batch_size, length, size // head_size, head_size), FLOAT8 if to_float8 else qkv.dtype
-    query, key = qkv.new_empty(shape, dtype=dtype), qkv.new_empty(shape, dtype=dtype)
-    wrap_triton(_qk_norm_rotary_kernel)[(batch_size * length, 2)](
-        qkv,
-        weight_q,
-        weight_k,
-        cos,
-        sin,
-        key_mean,
-        scales_q,
-        scales_k,
-        query,
-        key,
-        length,
-        SIZE=size,
-        HALF_HEAD=head_size // 2,
-        BLOCK=min(1024, triton.next_power_of_2(size)),
-        EPS=eps,
-        TO_FLOAT8=to_float8,
-        num_warps=4,
-    )
+    batch_size, length, _ = qkv.shape
+    _, num_heads, head_size = key_mean.shape
+    shape, size = (batch_size, length, num_heads, head_size), num_heads * head_size
+    query, key = qkv.new_empty(shape, dtype=FLOAT8), qkv.new_empty(shape, dtype=FLOAT8)
+    wrap_triton(_qk_norm_rotary_float8_kernel)[(batch_size * length, 2)](
+        qkv, weight_q, weight_k, cos, sin, key_mean, scales_q, scales_k, query, key, length,
+        SIZE=size, QUARTER=head_size // 4, BLOCK=min(1024, triton.next_power_of_2(size)), EPS=eps, num_warps=4,
+    )  # fmt: skip
     return query, key
 
 

@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scail.kernels import qk_norm_rotary, qk_norm_rotary_float8
-from scail.kernels.reference import FLOAT8, FLOAT8_MAX, TINY
+from scail.kernels import qk_norm_rotary, qk_norm_rotary_float8, reference
+from scail.kernels.reference import FLOAT8, FLOAT8_MAX, TINY, mix_quarters
 
 logger = logging.getLogger(__name__)
 
@@ -86,21 +86,23 @@ def flash_attention_3_float8(query: Tensor, key: Tensor, value: Tensor) -> Tenso
     """FlashAttention-3 in float8, with a scale for each head, on keys and values without their mean.
 
     A softmax does not see what all keys have in common, and what all values have in common passes it unchanged; so
-    both are taken out before the rounding, and the values' mean is added again, exactly.
+    both are taken out before the rounding, and the values' mean is added again, exactly. Large channels of queries and
+    keys are spread over four, which changes no product of theirs and rounds less (`mix_quarters`).
     """
     head_size = query.shape[-1]
+    query, key = mix_quarters(query.float()), mix_quarters(key.float())
     query_scale = query.abs().amax(dim=(1, 3)).float().clamp(min=TINY) / FLOAT8_MAX
     (key_mean, key_scale), (value_mean, value_scale) = _mean_and_scale(key), _mean_and_scale(value)
     out = _flash_attention_3_float8(
-        _to_float8(query.float(), query_scale),
-        _to_float8(key.float() - key_mean, key_scale),
+        _to_float8(query, query_scale),
+        _to_float8(key - key_mean, key_scale),
         _to_float8(value.float() - value_mean, value_scale),
         query_scale,
         key_scale,
         value_scale,
         head_size**-0.5,
     )
-    return (out[..., :head_size] + value_mean).to(query.dtype)
+    return (out[..., :head_size] + value_mean).to(value.dtype)
 
 
 def flash_attention_3_float8_of_qkv(qkv: Tensor, norm: QkNorm, span: slice | None) -> tuple[Tensor, Tensor]:
@@ -108,8 +110,8 @@ def flash_attention_3_float8_of_qkv(qkv: Tensor, norm: QkNorm, span: slice | Non
 
     No pass over them is needed to learn how large they are: after a norm over all heads, no pair of numbers, rotated
     or not, is longer than the square root of the hidden size, times the largest weight of the norm. Numbers that are
-    far smaller than this bound lose nothing, as float8 has a point that floats. And what is taken from all keys
-    may be anything that they have in common: the mean of some of them serves.
+    far smaller than this bound lose nothing, as float8 has a point that floats; and mixing makes none larger than the
+    bound. What is taken from all keys may be anything that they have in common: the mean of some of them serves.
 
     Args:
         qkv: (B, L, 3 · D), side by side.
@@ -257,7 +259,7 @@ def fits(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 def passes(name: str, device: torch.device) -> bool:
     """Hold a backend against float32 on this device, at lengths that are no multiple of a tile."""
     try:
-        error = relative_error(BACKENDS[name], device)
+        error = relative_error(name, device)
     except Exception as failure:  # noqa: BLE001  # whatever a foreign kernel raises, there is a next backend
         warnings.warn(f"attention backend {name} failed on {device}: {failure}", stacklevel=2)
         return False
@@ -269,17 +271,38 @@ def passes(name: str, device: torch.device) -> bool:
     return True
 
 
-def relative_error(backend: Attention, device: torch.device) -> float:
+@torch.no_grad()
+def relative_error(name: str, device: torch.device) -> float:
     """Of a backend in bfloat16 against plain float32, over self-attention and cross-attention lengths."""
     generator = torch.Generator(device).manual_seed(0)
-    errors = []
-    for query_length, key_length in ((1111, 1111), (777, 512), (777, 257)):
-        query, key, value = (
-            torch.randn(1, length, 4, 128, generator=generator, device=device).bfloat16()
-            for length in (query_length, key_length, key_length)
-        )
-        with sdpa_kernel([SDPBackend.MATH]):
-            expected = sdpa(query.float(), key.float(), value.float())
-        difference = backend(query, key, value).float() - expected
-        errors.append(float(difference.norm() / expected.norm()))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    errors = [_error_of_parts(BACKENDS[name], draw, *lengths) for lengths in ((1111, 1111), (777, 512), (777, 257))]
+    if name in OF_QKV:
+        errors.append(_error_of_qkv(OF_QKV[name], draw))
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+
+
+def _error_of_parts(backend: Attention, draw: Callable[..., Tensor], query_length: int, key_length: int) -> float:
+    query, key, value = (draw(1, length, 4, 128).bfloat16() for length in (query_length, key_length, key_length))
+    return _relative_error(backend(query, key, value), query, key, value)
+
+
+def _error_of_qkv(backend: AttentionOfQkv, draw: Callable[..., Tensor]) -> float:
+    """Of a backend that norms and rotates queries and keys itself."""
+    length, num_heads, head_size = 1111, 4, 128
+    qkv, angles = draw(1, length, 3 * num_heads * head_size).bfloat16(), draw(length, head_size // 2)
+    weight_q, weight_k = (1 + 0.1 * draw(num_heads * head_size) for _ in range(2))
+    norm = QkNorm(weight_q, weight_k, angles.cos(), angles.sin(), head_size, 1e-6)
+    query, key = reference.qk_norm_rotary(qkv.float(), weight_q, weight_k, norm.cos, norm.sin, head_size, norm.eps)
+    value = rearrange(qkv.chunk(3, dim=-1)[2], "b l (heads d) -> b l heads d", d=head_size)
+    out, common = backend(qkv, norm, None)
+    return _relative_error(out + common, query, key, value)
+
+
+def _relative_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
+    with sdpa_kernel([SDPBackend.MATH]):
+        expected = sdpa(query.float(), key.float(), value.float())
+    return float((out.float() - expected).norm() / expected.norm())

@@ -3,12 +3,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 
 from scail import kernels
 from scail.kernels import qk_norm_rotary
+from scail.kernels.reference import mix_quarters
 from scail.models import attention
 from scail.models.attention import BACKENDS, QkNorm, choose_attention, passes, relative_error, sdpa
 from scail.models.transformer import KeyValue
@@ -125,8 +127,27 @@ def test_a_backend_that_is_right_is_taken(monkeypatch, as_cudnn):
     assert choose_attention(CPU, torch.bfloat16) == "cudnn"
 
 
+def test_what_a_backend_makes_of_the_product_is_held_against_float32_too(monkeypatch, as_cudnn):
+    def of_qkv(qkv, norm, span, *, is_rotated=True):
+        cos, sin = (norm.cos, norm.sin) if is_rotated else (torch.ones_like(norm.cos), torch.zeros_like(norm.sin))
+        query, key = qk_norm_rotary(qkv, norm.weight_q, norm.weight_k, cos, sin, head_size=norm.head_size, eps=norm.eps)
+        value = qkv.chunk(3, dim=-1)[2].unflatten(-1, (-1, norm.head_size))
+        assert span is None
+        return sdpa(query, key, value), torch.zeros(1, 1, 4, norm.head_size)
+
+    monkeypatch.setitem(BACKENDS, "cudnn", sdpa)
+    monkeypatch.setitem(attention.OF_QKV, "cudnn", of_qkv)
+    right = choose_attention(CPU, torch.bfloat16)
+    passes.cache_clear()
+    monkeypatch.setitem(attention.OF_QKV, "cudnn", partial(of_qkv, is_rotated=False))
+
+    assert right == "cudnn"
+    with pytest.warns(UserWarning, match="cudnn is wrong on cpu"):
+        assert choose_attention(CPU, torch.bfloat16) == "sdpa"
+
+
 def test_bfloat16_alone_is_within_a_third_of_what_a_backend_may_be_off():
-    assert 0 < relative_error(sdpa, CPU) < attention.MAX_RELATIVE_ERROR / 3
+    assert 0 < relative_error("sdpa", CPU) < attention.MAX_RELATIVE_ERROR / 3
 
 
 def test_a_backend_is_used_for_every_softmax_of_every_block(monkeypatch, pipeline):
@@ -215,25 +236,53 @@ def test_float8_attention_of_one_product_is_that_of_its_parts(float8_kernel, mon
 
 
 def test_no_query_or_key_is_larger_than_its_bound():
-    """All of a token's length in one pair of numbers, which the rotation puts into one of them."""
+    """All of a token's length comes to lie in one number: the rotation adds up each pair, and mixing four of them."""
     head_size, size = 16, 48
     qkv = torch.zeros(1, 4, 3 * size)
-    qkv[..., 20:22] = qkv[..., size + 20 : size + 22] = 1000.0
-    qkv[:, 1::2, size + 20 : size + 22] *= -1  # a mean of nothing
-    weight = torch.linspace(1, 3, size)
+    for first in range(16, 32, 4):  # of the second head's quarters, the first pair
+        qkv[..., first : first + 2] = qkv[..., size + first : size + first + 2] = 1000.0
+    qkv[:, 1::2, size : 2 * size] *= -1  # a mean of nothing
+    weight = torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(head_size)
     angle = torch.full((4, head_size // 2), math.pi / 4)
     norm = QkNorm(weight, weight, angle.cos(), angle.sin(), head_size, 1e-6)
-    scale = math.sqrt(size) * weight.view(-1, head_size).amax(dim=1) / 448
+    bound = math.sqrt(size) * torch.tensor([1.0, 2.0, 3.0])
 
     query, key = kernels.qk_norm_rotary_float8(
-        qkv, weight, weight, norm.cos, norm.sin, key_mean=torch.zeros(1, 3, head_size), scales_q=scale,
-        scales_k=2 * scale, eps=norm.eps,
+        qkv, weight, weight, norm.cos, norm.sin, key_mean=torch.zeros(1, 3, head_size), scales_q=bound / 448,
+        scales_k=2 * bound / 448, eps=norm.eps,
     )  # fmt: skip
 
     exact, _ = qk_norm_rotary(qkv, weight, weight, norm.cos, norm.sin, head_size=head_size, eps=norm.eps)
-    assert query.float().abs().max() < 448  # would it be more, it would have been cut off
-    assert key.float().abs().max() < 448 / 2
-    torch.testing.assert_close(query.float() * scale[:, None], exact, rtol=0.07, atol=1e-3)
+    exact = mix_quarters(exact)
+    assert exact[0, :, 1].max() == pytest.approx(float(bound[1]), rel=1e-5)
+    assert (query.float().abs().max(), key.float().abs().max()) == (448, 224)
+    torch.testing.assert_close(query.float() * bound[:, None] / 448, exact, rtol=0.07, atol=1e-3)
+
+
+@pytest.mark.parametrize("head_size", [8, 56, 128])
+def test_mixing_changes_no_product(head_size):
+    query, key = torch.randn(2, 5, 3, head_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    mixed, mixed_key = mix_quarters(query), mix_quarters(key)
+
+    torch.testing.assert_close((mixed * mixed_key).sum(-1), (query * key).sum(-1))
+    torch.testing.assert_close(mixed.norm(dim=-1), query.norm(dim=-1))
+    torch.testing.assert_close(mix_quarters(mixed), query)  # done twice, it is undone
+    assert not torch.equal(mixed, query)
+
+
+def test_a_channel_in_which_all_tokens_are_large_costs_less_when_it_is_mixed(float8_kernel, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 256, 8, 32, generator=generator) for _ in range(3))
+    query[..., 5] += 30.0
+    exact = sdpa(query, key, value)
+
+    mixed = attention.flash_attention_3_float8(query, key, value)
+    monkeypatch.setattr(attention, "mix_quarters", lambda x: x)
+    unmixed = attention.flash_attention_3_float8(query, key, value)
+
+    error, other = ((x - exact).norm() / exact.norm() for x in (mixed, unmixed))
+    assert error < 0.7 * other
 
 
 def test_a_backend_that_takes_the_product_is_used_in_every_block(float8_kernel, monkeypatch, pipeline):
