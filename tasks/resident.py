@@ -202,8 +202,9 @@ def check_visible_gpus() -> None:
     named, found = os.environ.get("CUDA_VISIBLE_DEVICES"), torch._C._cuda_getDeviceCount()
     if named is not None and found > len(named.split(",")):
         raise RefusedError(
-            f"CUDA_VISIBLE_DEVICES is {named!r}, but CUDA sees {found} GPUs: it was loaded before the variable was "
-            "set. Import torch and scail's pipeline inside functions of the script that starts the workers"
+            f"CUDA_VISIBLE_DEVICES is {named!r}, but CUDA sees {found} GPUs: "
+            "it was loaded before the variable was set. Import torch and scail's pipeline inside functions of the "
+            "script that starts the workers"
         )
 
 
