@@ -28,8 +28,6 @@ MAX_RUN_COUNT = 10  # a run that crashes ten times has a reason that an eleventh
 UNSTARTED_SECONDS = 900  # a machine may have to be found for a run, and an image fetched
 RESTARTED_DEPLOYMENTS = ("render-manifest", "render-nightly")  # the inbox's next minute takes over what it left
 
-DEPLOYMENTS = (*RESTARTED_DEPLOYMENTS, "watch-inbox")
-
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 
@@ -89,8 +87,8 @@ def crashed_runs_go_on(deployments: Sequence[str] = RESTARTED_DEPLOYMENTS) -> Au
     )
 
 
-def unstarted_runs_come_back(within_seconds: float = UNSTARTED_SECONDS) -> Automation:
-    """A run of a deployment of ours that a worker took, and of which nothing was heard since, is given to another one.
+def unstarted_runs_come_back(deployments: Sequence[str], within_seconds: float = UNSTARTED_SECONDS) -> Automation:
+    """A run of one of these deployments that a worker took, and of which nothing was heard since, goes to another one.
 
     It has had no heartbeat yet whose absence could be noticed. Should it begin after all, both runs share the clips.
     """
@@ -103,7 +101,7 @@ def unstarted_runs_come_back(within_seconds: float = UNSTARTED_SECONDS) -> Autom
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             match_related=ResourceSpecification(
-                {"prefect.resource.role": "deployment", "prefect.resource.name": list(DEPLOYMENTS)}
+                {"prefect.resource.role": "deployment", "prefect.resource.name": list(deployments)}
             ),
             for_each={"prefect.resource.id"},
             threshold=1,

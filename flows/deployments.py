@@ -144,7 +144,7 @@ def deploy(folders: Mapping[str, str | None]) -> list[Registered]:
         [
             automations.silent_runs_crash(),
             automations.crashed_runs_go_on(),
-            automations.unstarted_runs_come_back(),
+            automations.unstarted_runs_come_back(list(ids)),
             automations.uploads_are_seen(ids[watch_inbox.name]),
         ]
     )

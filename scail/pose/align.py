@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from scail.errors import InvalidInputError
 from scail.pose.camera import project
-from scail.pose.skeleton import JOINT_OF_SLOT, LEFT, NOSE, RIGHT, Keypoints2D, PoseSequence
+from scail.pose.skeleton import JOINT_OF_SLOT, LEFT, NOSE, RIGHT, Keypoints2D, PoseSequence, slots_from_joints
 
 Array = NDArray[np.float64]
 
@@ -76,12 +76,11 @@ def align_to_reference(sequence: PoseSequence, reference: PoseSequence) -> PoseS
     height, width = sequence.height, sequence.width
     target = reference.keypoints
     slots, frame = _shared_slots(sequence, target)
-    old = sequence.camera_matrix
     fit = fit_camera(
-        sequence.joints[frame, 0][[JOINT_OF_SLOT[slot] for slot in slots]].astype(np.float64),
+        slots_from_joints(sequence.joints[frame, 0])[list(slots)].astype(np.float64),
         target.candidate[0, 0, list(slots)] * (width, height),
         _weights(slots),
-        old,
+        sequence.camera_matrix,
         height=height,
         width=width,
     )

@@ -103,7 +103,7 @@ def studio(shared_cluster, module_bucket) -> Iterator[Studio]:
         automations.register(
             [
                 automations.silent_runs_crash(SILENCE_SECONDS),
-                automations.unstarted_runs_come_back(UNSTARTED_SECONDS),
+                automations.unstarted_runs_come_back([item.name for item in registered], UNSTARTED_SECONDS),
             ]
         )
     studio = Studio(shared_cluster, root, {item.name: str(item.id) for item in registered})

@@ -33,21 +33,14 @@ Bytes = NDArray[np.uint8]
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def is_pose_fixture(path: Path) -> bool:
-    """Whether the file holds frames of the official renderer."""
-    with np.load(path) as arrays:
-        return "joints24" in arrays and "frames" in arrays
-
-
 def check_npz(path: Path) -> list[Measured]:
     """Check a file of either kind."""
     with np.load(path) as arrays:
         if "0_points3d" in arrays:
             return [entry for case in range(int(arrays["n"])) for entry in check_camera_fit(arrays, case)]
-        if "dw_shifted_faces" in arrays:
-            return [*check_pose_render(path), *check_moved_points(arrays, path)]
-    if is_pose_fixture(path):
-        return check_pose_render(path)
+        if "joints24" in arrays and "frames" in arrays:
+            moved = check_moved_points(arrays, path) if "dw_shifted_faces" in arrays else ()
+            return [*check_pose_render(path), *moved]
     pytest.fail(f"{path.name} is of an unknown kind; known are rendered poses and cases of the alignment")
 
 
