@@ -77,6 +77,13 @@ def qk_norm_rotary_float8(
     return reference.qk_norm_rotary_float8(*tensors, eps)
 
 
+def token_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, smallest and largest of each channel over all tokens of `x` (B, L, D): each float32 (B, 1, D)."""
+    if _takes_kernel(x) and x.stride(-1) == 1:
+        return triton_kernels.token_range(x)
+    return reference.token_range(x)
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """float8 (e4m3) of `x` with one scale for each row, its last axis.
 

@@ -69,6 +69,11 @@ def mixes(head_size: int) -> bool:
     return head_size % 8 == 0
 
 
+def token_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.float().mean(dim=1, keepdim=True)
+    return mean, x.amin(dim=1, keepdim=True).float(), x.amax(dim=1, keepdim=True).float()
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=TINY) / FLOAT8_MAX
     return (x.float() / scales).to(FLOAT8), scales

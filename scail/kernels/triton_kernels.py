@@ -32,18 +32,10 @@ def _inverse_rms(source, SIZE: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.conste
 
 
 @triton.jit
-def _normed_and_rotated(
-    source, weight, cos, sin, at, pair, inside, inverse, BLOCK: tl.constexpr, ROUNDED: tl.constexpr
-):  # fmt: skip
-    """Numbers `at` these places of a row, two by two, `pair` being the place of each two within a head."""
-    x = tl.load(source + at, mask=inside, other=0.0)
-    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    normed = x.to(tl.float32) * inverse * w
-    if ROUNDED:
-        normed = normed.to(x.dtype).to(tl.float32)
-    even, odd = tl.split(tl.reshape(normed, (BLOCK // 2, 2)))
-    c = tl.load(cos + pair).to(tl.float32)
-    s = tl.load(sin + pair).to(tl.float32)
+def _rotated(x, cos, sin, BLOCK: tl.constexpr):
+    """Adjacent pairs of `x` (BLOCK), each by its angle."""
+    even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+    c, s = cos.to(tl.float32), sin.to(tl.float32)
     return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BLOCK,))
 
 
@@ -65,9 +57,10 @@ def _qk_norm_rotary_kernel(
     for start in range(0, SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
         pair = (start // 2 + tl.arange(0, BLOCK // 2)) % HALF_HEAD
-        rotated = _normed_and_rotated(
-            source, weight, cos + table, sin + table, at, pair, at < SIZE, inverse, BLOCK, True
-        )  # fmt: skip
+        x = tl.load(source + at, mask=at < SIZE, other=0.0)
+        w = tl.load(weight + at, mask=at < SIZE, other=0.0).to(tl.float32)
+        normed = (x.to(tl.float32) * inverse * w).to(x.dtype).to(tl.float32)
+        rotated = _rotated(normed, tl.load(cos + table + pair), tl.load(sin + table + pair), BLOCK)
         tl.store(target + row * SIZE + at, rotated.to(target.dtype.element_ty), mask=at < SIZE)
 
 
@@ -89,50 +82,80 @@ def qk_norm_rotary(
 @triton.jit
 def _qk_norm_rotary_float8_kernel(
     qkv, weight_q, weight_k, cos, sin, key_mean, scales_q, scales_k, query, key, length,
-    SIZE: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
+    NUM_HEADS: tl.constexpr, QUARTER: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    EPS: tl.constexpr,
 ):  # fmt: skip
-    """A thread has the same place of a head's four quarters, which are mixed."""
+    size: tl.constexpr = NUM_HEADS * 4 * QUARTER
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    source = qkv + row * 3 * SIZE + part * SIZE
-    weight = weight_q
-    scales = scales_q
-    target = query
-    if part == 1:
-        weight = weight_k
-        scales = scales_k
-        target = key
-    inverse = _inverse_rms(source, SIZE, BLOCK, EPS)
+    source, target = qkv + row * 3 * size, row * size
     table = (row % length) * (2 * QUARTER)
-    mean = key_mean + (row // length) * SIZE
-    for start in range(0, SIZE // 4, BLOCK // 4):
-        index = start + tl.arange(0, BLOCK // 4)
-        inside = index < SIZE // 4
-        head = index // QUARTER
-        at = head * (4 * QUARTER) + index % QUARTER
-        pair = (start // 2 + tl.arange(0, BLOCK // 8)) % (QUARTER // 2)
-        quarters = ()
+    cos += table
+    sin += table
+    if tl.program_id(1) == 0:
+        _mix_and_store(
+            source, weight_q, cos, sin, key_mean, scales_q, query + target,
+            NUM_HEADS, QUARTER, WIDTH, HEADS, PARTS, EPS, False,
+        )  # fmt: skip
+    else:
+        _mix_and_store(
+            source + size, weight_k, cos, sin, key_mean + (row // length) * size, scales_k, key + target,
+            NUM_HEADS, QUARTER, WIDTH, HEADS, PARTS, EPS, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _mix_and_store(
+    source, weight, cos, sin, mean, scales, target,
+    NUM_HEADS: tl.constexpr, QUARTER: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    EPS: tl.constexpr, HAS_MEAN: tl.constexpr,
+):  # fmt: skip
+    """One row of queries or keys. A part of it is some heads, each quarter filled up to `WIDTH`.
+
+    A thread has the same place of every quarter of every head, so that it loads the angles once.
+    """
+    block: tl.constexpr = HEADS * WIDTH
+    first_head = tl.arange(0, block) // WIDTH
+    within = tl.arange(0, block) % WIDTH
+    squares = tl.zeros([block], tl.float32)
+    quarters = ()
+    for part in tl.static_range(PARTS):
+        head = part * HEADS + first_head
+        inside = (head < NUM_HEADS) & (within < QUARTER)
         for quarter in tl.static_range(4):
-            place = at + quarter * QUARTER
-            turned = pair + quarter * (QUARTER // 2)
-            rotated = _normed_and_rotated(
-                source, weight, cos + table, sin + table, place, turned, inside, inverse, BLOCK // 4, False
-            )  # fmt: skip
-            if part == 1:
-                rotated -= tl.load(mean + place, mask=inside, other=0.0).to(tl.float32)
-            quarters += (rotated,)  # type: ignore[assignment]
-        a, b, c, d = quarters  # type: ignore[misc]
-        scale = 2.0 * tl.load(scales + head, mask=inside, other=1.0)
-        place = target + row * SIZE + at
-        _store_float8(place, ((a + b) + (c + d)) / scale, inside)
-        _store_float8(place + QUARTER, ((a - b) + (c - d)) / scale, inside)
-        _store_float8(place + 2 * QUARTER, ((a + b) - (c + d)) / scale, inside)
-        _store_float8(place + 3 * QUARTER, ((a - b) - (c - d)) / scale, inside)
+            at = (4 * head + quarter) * QUARTER + within
+            x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+            squares += x * x
+            quarters += (x,)  # type: ignore[assignment]
+    inverse = tl.rsqrt(tl.sum(squares) / (NUM_HEADS * 4 * QUARTER) + EPS)
+    pair = tl.arange(0, block // 2) % (WIDTH // 2)
+    angles = ()
+    for quarter in tl.static_range(4):
+        at = pair + quarter * (QUARTER // 2)
+        has_angle = pair < QUARTER // 2
+        angles += (tl.load(cos + at, mask=has_angle), tl.load(sin + at, mask=has_angle))  # type: ignore[assignment]
+    for part in tl.static_range(PARTS):
+        head = part * HEADS + first_head
+        inside = (head < NUM_HEADS) & (within < QUARTER)
+        turned = ()
+        for quarter in tl.static_range(4):
+            at = (4 * head + quarter) * QUARTER + within
+            x = quarters[4 * part + quarter] * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+            x = _rotated(x, angles[2 * quarter], angles[2 * quarter + 1], block) * inverse
+            if HAS_MEAN:
+                x -= tl.load(mean + at, mask=inside, other=0.0).to(tl.float32)
+            turned += (x,)  # type: ignore[assignment]
+        a, b, c, d = turned  # type: ignore[misc]
+        factor = 0.5 / tl.load(scales + head, mask=inside, other=1.0)
+        place = target + 4 * head * QUARTER + within
+        _store_float8(place, ((a + b) + (c + d)) * factor, inside)
+        _store_float8(place + QUARTER, ((a - b) + (c - d)) * factor, inside)
+        _store_float8(place + 2 * QUARTER, ((a + b) - (c + d)) * factor, inside)
+        _store_float8(place + 3 * QUARTER, ((a - b) - (c - d)) * factor, inside)
 
 
 @triton.jit
 def _store_float8(place, x, inside):
-    tl.store(place, tl.clamp(x, -_FLOAT8_MAX, _FLOAT8_MAX).to(place.dtype.element_ty), mask=inside)
+    tl.store(place, x.to(place.dtype.element_ty), mask=inside)  # the largest number stands for all beyond it
 
 
 @triton_op("scail::qk_norm_rotary_float8", mutates_args={})
@@ -142,13 +165,56 @@ def qk_norm_rotary_float8(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch_size, length, _ = qkv.shape
     _, num_heads, head_size = key_mean.shape
-    shape, size = (batch_size, length, num_heads, head_size), num_heads * head_size
+    shape = (batch_size, length, num_heads, head_size)
     query, key = qkv.new_empty(shape, dtype=FLOAT8), qkv.new_empty(shape, dtype=FLOAT8)
+    width = triton.next_power_of_2(head_size // 4)
+    heads = min(max(1, 256 // width), triton.next_power_of_2(num_heads))
     wrap_triton(_qk_norm_rotary_float8_kernel)[(batch_size * length, 2)](
         qkv, weight_q, weight_k, cos, sin, key_mean, scales_q, scales_k, query, key, length,
-        SIZE=size, QUARTER=head_size // 4, BLOCK=min(1024, triton.next_power_of_2(size)), EPS=eps, num_warps=4,
+        NUM_HEADS=num_heads, QUARTER=head_size // 4, WIDTH=width, HEADS=heads, PARTS=triton.cdiv(num_heads, heads),
+        EPS=eps, num_warps=4,
     )  # fmt: skip
     return query, key
+
+
+@triton.jit
+def _token_range_kernel(
+    source, sums, smallest, largest, length, stride, item_stride,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Some channels of `STEPS * ROWS` tokens."""
+    piece, item = tl.program_id(0), tl.program_id(2)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    low = tl.full([ROWS, BLOCK], float("inf"), tl.float32)
+    high = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
+    first = piece * STEPS * ROWS
+    for step in range(STEPS):
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        place = source + item.to(tl.int64) * item_stride + row.to(tl.int64)[:, None] * stride + at[None]
+        inside = (row < length)[:, None] & (at < SIZE)[None]
+        x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        total += x
+        low = tl.minimum(low, tl.where(inside, x, float("inf")))
+        high = tl.maximum(high, tl.where(inside, x, -float("inf")))
+    target = (item * tl.num_programs(0) + piece) * SIZE + at
+    tl.store(sums + target, tl.sum(total, 0), mask=at < SIZE)
+    tl.store(smallest + target, tl.min(low, 0), mask=at < SIZE)
+    tl.store(largest + target, tl.max(high, 0), mask=at < SIZE)
+
+
+@triton_op("scail::token_range", mutates_args={})
+def token_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `x` (B, L, D), whose last axis is contiguous."""
+    batch_size, length, size = x.shape
+    block, rows, steps = 128, 16, 32
+    pieces = triton.cdiv(length, rows * steps)
+    sums, smallest, largest = (x.new_empty((batch_size, pieces, size), dtype=torch.float32) for _ in range(3))
+    wrap_triton(_token_range_kernel)[(pieces, triton.cdiv(size, block), batch_size)](
+        x, sums, smallest, largest, length, x.stride(1), x.stride(0),
+        SIZE=size, BLOCK=block, ROWS=rows, STEPS=steps, num_warps=4,
+    )  # fmt: skip
+    return sums.sum(1, keepdim=True) / length, smallest.amin(1, keepdim=True), largest.amax(1, keepdim=True)
 
 
 @triton.jit

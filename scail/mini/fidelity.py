@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 CACHE_BYTES = 2**28
 CPU = torch.device("cpu")
 EXACT_PATH = Shortcut("exact path", "exact")
+TRIAL_KEYS = ("num_clips", "num_frames", "params")  # of a report: what was rendered
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,16 @@ def distance(clips: Sequence[ScailOutput], exact: Sequence[ScailOutput]) -> dict
 
 
 def merge(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One document of what several devices measured; of two runs on one device, the later row counts."""
+    """One document of what several devices measured; of two runs on one device, the later row counts.
+
+    A run of other clips or another recipe replaces the one before: its rows have another exact path.
+    """
     runs: dict[str, dict[str, Any]] = {}
     for report in reports:
         for run in report.get("runs", [report]):
-            known = runs.get(run["device"], {"rows": []})
-            rows = {row["name"]: row for row in (*known["rows"], *run["rows"])}
+            known = runs.get(run["device"], {})
+            earlier = known.get("rows", []) if all(known.get(key) == run[key] for key in TRIAL_KEYS) else []
+            rows = {row["name"]: row for row in (*earlier, *run["rows"])}
             runs[run["device"]] = run | {"rows": list(rows.values())}
     return {"runs": list(runs.values())}
 

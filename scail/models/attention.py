@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scail.kernels import qk_norm_rotary, qk_norm_rotary_float8, reference
+from scail.kernels import qk_norm_rotary, qk_norm_rotary_float8, reference, token_range
 from scail.kernels.reference import FLOAT8, FLOAT8_MAX, TINY, mix_quarters
 
 logger = logging.getLogger(__name__)
@@ -177,11 +177,10 @@ def _filled_up(x: Tensor) -> Tensor:
 def _mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of all tokens, float32 (B, 1, heads, head_size), and the scale of what is left of each head (B, heads).
 
-    Mean, largest and smallest are of one pass over the tokens; how far they are from the mean needs no second one.
+    How far the smallest and the largest are from the mean needs no second pass over the tokens.
     """
-    mean = x.float().mean(dim=1, keepdim=True)
-    above, below = x.amax(dim=1, keepdim=True).float() - mean, mean - x.amin(dim=1, keepdim=True).float()
-    return mean, torch.maximum(above, below).amax(dim=(1, 3)).clamp(min=TINY) / FLOAT8_MAX
+    mean, smallest, largest = (part.view(-1, 1, *x.shape[2:]) for part in token_range(x.flatten(-2)))
+    return mean, torch.maximum(largest - mean, mean - smallest).amax(dim=(1, 3)).clamp(min=TINY) / FLOAT8_MAX
 
 
 def _to_float8(x: Tensor, scales: Tensor) -> Tensor:

@@ -103,6 +103,25 @@ def test_the_float8_query_and_key_kernel_equals_its_plain_version(length, num_he
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize(("length", "size"), [(1, 8), (1024, 128), (2500, 224), (1111, 5120)])
+def test_the_token_range_kernel_equals_its_plain_version(length, size):
+    qkv = random(2, length, 3 * size, device="cuda", dtype=torch.bfloat16)
+    value = 5 + qkv.chunk(3, dim=-1)[2]  # zeros, which stand for what is not there, would show
+    value = torch.cat((qkv, value), dim=-1)[..., 3 * size :]
+    assert not value.is_contiguous() or length == 1
+
+    with torch.no_grad():
+        mean, smallest, largest = kernels.token_range(value)
+
+    plain_mean, plain_smallest, plain_largest = reference.token_range(value)
+    assert mean.shape == smallest.shape == largest.shape == (2, 1, size)
+    torch.testing.assert_close(mean, plain_mean, rtol=1e-5, atol=1e-5)
+    assert torch.equal(smallest, plain_smallest)
+    assert torch.equal(largest, plain_largest)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("size", [48, 5120, 13824])
 def test_the_quantising_kernels_equal_their_plain_versions(size):
     x, other = (random(2, length, size, device="cuda", dtype=torch.bfloat16)[:, :257] for length in (257, 258))

@@ -319,12 +319,12 @@ def test_bfloat16_renders_the_same_clip_but_for_rounding(tiny_checkpoint, pipeli
 def test_a_profile_is_taken_as_far_as_the_device_has_it(tiny_checkpoint, caplog):
     load = partial(ScailPipeline.from_pretrained, tiny_checkpoint, device="cpu", dtype=torch.float32)
 
-    express = load(profile="express")
+    quality = load(profile="quality")
 
-    assert (express.quantization, express.attention) == ("none", "sdpa")  # a CPU is no faster for either
+    assert (quality.quantization, quality.attention) == ("none", "sdpa")  # a CPU is no faster for either
     assert ["fp8 is not fast on cpu" in caplog.text, "attention float8 cannot be had" in caplog.text] == [True, True]
     assert load(profile="exact").quantization == "none"
-    with pytest.raises(InvalidInputError, match=r"profile is 'turbo'; expected one of exact, quality, express, fast\."):
+    with pytest.raises(InvalidInputError, match=r"profile is 'turbo'; expected one of exact, quality, fast\."):
         load(profile="turbo")
 
 

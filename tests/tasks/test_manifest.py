@@ -79,7 +79,7 @@ def test_every_problem_of_every_row_is_listed_with_line_column_and_what_was_expe
             "line 2, column fps: came 'nan', expected a number, above 0, at most 240",
             "line 2, column enabled: came 'maybe', expected true or false (or yes, no, 1, 0)",
             "line 2, column num_inference_steps: came '1 000', expected a whole number, at least 1, at most 1000",
-            "line 2, column profile: came 'turbo', expected one of exact, quality, express, fast",
+            "line 2, column profile: came 'turbo', expected one of exact, quality, fast",
             "line 2, column clip_id: came 'a b', expected letters, digits, '.', '_' or '-', at most 100 of them, "
             "the first a letter or digit",
             "line 4, column reference: is empty, expected a path or URI",

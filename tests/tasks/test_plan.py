@@ -286,7 +286,7 @@ def test_rows_of_one_arithmetic_come_together(request_of, output):
 
 
 def test_a_profile_that_is_not_known_is_refused(request_of, output):
-    with pytest.raises(RefusedError, match="profile is 'turbo'; expected one of exact, quality, express, fast"):
+    with pytest.raises(RefusedError, match="profile is 'turbo'; expected one of exact, quality, fast"):
         plan_clips(
             [request_of(2)],
             output_uri=output,

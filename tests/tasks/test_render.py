@@ -435,14 +435,14 @@ def test_without_a_cheaper_policy_the_clip_fails(media, checkpoint, tmp_path, mo
 
 
 def test_a_profile_whose_arithmetic_is_not_to_be_had_is_rendered_exactly_and_says_so(media, checkpoint, tmp_path):
-    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint)).model_copy(update={"profile": "express"})
+    clip = job(media, 1, fingerprint=checkpoint_fingerprint(checkpoint)).model_copy(update={"profile": "quality"})
 
     metrics = render_clip.fn(clip, output_uri=str(tmp_path / "out"), run_id="run", checkpoint=str(checkpoint)).metrics
 
-    assert (metrics.profile, metrics.quantization, metrics.attention) == ("express", "none", "sdpa")
+    assert (metrics.profile, metrics.quantization, metrics.attention) == ("quality", "none", "sdpa")
     assert metrics.notes == (
-        "profile express asks for fp8; rendered with exact products",
-        "profile express asks for attention in float8; rendered with an exact one",
+        "profile quality asks for fp8; rendered with exact products",
+        "profile quality asks for attention in float8; rendered with an exact one",
     )
 
 

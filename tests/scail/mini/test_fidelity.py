@@ -100,6 +100,14 @@ def test_reports_of_several_devices_become_one_page_and_newer_rows_replace_older
     assert any(line.startswith("| encodings kept from an earlier clip | cpu | 0 % | equal |") for line in lines)
 
 
+def test_a_run_of_other_clips_replaces_the_one_before(report):
+    other = report | {"num_clips": report["num_clips"] + 1, "rows": report["rows"][:1]}
+
+    [run] = merge([report, other])["runs"]
+
+    assert (run["num_clips"], run["rows"]) == (other["num_clips"], other["rows"])
+
+
 @pytest.mark.parametrize(
     ("changes", "too_dear"),
     [
