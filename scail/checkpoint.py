@@ -22,6 +22,7 @@ from scail.config import EXACT, LoraFile, ModelConfig, Quantization, RuntimeConf
 from scail.errors import CheckpointError, InvalidInputError
 from scail.fingerprint import (
     IMAGE_ENCODER,
+    LOADING_ORDER,
     MODEL_INDEX,
     TEXT_ENCODER,
     TOKENIZER,
@@ -63,9 +64,21 @@ class Networks:
 
 
 def load_networks(
-    checkpoint_dir: Path, *, device: torch.device, dtype: torch.dtype, runtime: RuntimeConfig = EXACT
+    checkpoint_dir: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    runtime: RuntimeConfig = EXACT,
+    wait_for: Callable[[str], None] | None = None,
 ) -> Networks:
     """All four networks, each weight where `runtime.memory` has it, LoRAs fused and layers quantised on the way.
+
+    Args:
+        checkpoint_dir: The folder.
+        device: Where every stage computes.
+        dtype: Of weights and activations.
+        runtime: How the model is run.
+        wait_for: Called with a component's folder before the weights in it are looked at.
 
     Raises:
         CheckpointError: If a file or a tensor is missing, extra, misshapen or damaged, or a LoRA does not fit.
@@ -74,16 +87,19 @@ def load_networks(
     bare = _Bare.of(checkpoint_dir, dtype, runtime.quantization, runtime.loras)
     others = (bare_vae(checkpoint_dir, dtype), bare_text_encoder(checkpoint_dir, dtype))
     vae, text_encoder, image_encoder = *others, bare_image_encoder(checkpoint_dir, dtype)
-    by_component: tuple[tuple[nn.Module, Component], ...] = (
-        (vae.model, VAE),
-        (text_encoder, TEXT_ENCODER),
-        (image_encoder, IMAGE_ENCODER),
-    )
+    modules: dict[Component, nn.Module] = {
+        VAE: vae.model,
+        IMAGE_ENCODER: image_encoder,
+        TEXT_ENCODER: text_encoder,
+        TRANSFORMER: bare.transformer,
+    }
 
     def read() -> None:
-        load_weights(bare.transformer, checkpoint_dir, TRANSFORMER, device=device, bare=bare)
-        for module, component in by_component:
-            load_weights(module, checkpoint_dir, component, device=device)
+        for component in LOADING_ORDER:
+            if wait_for:
+                wait_for(component.folder)
+            own = bare if component == TRANSFORMER else None
+            load_weights(modules[component], checkpoint_dir, component, device=device, bare=own)
 
     if device.type == "cpu":
         read()  # mapped, and copied only if they are to wait

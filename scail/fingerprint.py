@@ -52,6 +52,7 @@ VAE = Component("vae", "diffusion_pytorch_model", "AutoencoderKLWan")
 TEXT_ENCODER = Component("text_encoder", "model", "UMT5EncoderModel")
 IMAGE_ENCODER = Component("image_encoder", "model", "CLIPVisionModel")
 COMPONENTS = (TRANSFORMER, VAE, TEXT_ENCODER, IMAGE_ENCODER)
+LOADING_ORDER = (VAE, IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER)  # small ones first: they load while large ones arrive
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class ScailPipeline:
         dtype: torch.dtype = torch.bfloat16,
         profile: str | None = None,
         runtime: RuntimeConfig = EXACT,
+        wait_for: Callable[[str], None] | None = None,
     ) -> ScailPipeline:
         """Load a checkpoint folder, as `scail convert` writes it.
 
@@ -91,6 +92,8 @@ class ScailPipeline:
             profile: A name of `PROFILES`, whose arithmetic is taken as far as it can be had; its sampling is
                 `PROFILES[profile].sampling`, to be given with each clip.
             runtime: How the model is run.
+            wait_for: Called with a component's folder before the weights in it are looked at, so that they may still
+                be on their way when the loading begins. The other files must be there.
 
         Raises:
             CheckpointError: If a file or a weight is missing, extra, misshapen or unreadable, or a LoRA does not fit.
@@ -105,7 +108,7 @@ class ScailPipeline:
             runtime = attainable(PROFILES[profile].applied_to(runtime), path, device)
         tokenizer = load_tokenizer(path)
         try:
-            networks = load_networks(path, device=device, dtype=dtype, runtime=runtime)
+            networks = load_networks(path, device=device, dtype=dtype, runtime=runtime, wait_for=wait_for)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"the weights do not fit as {runtime.memory}: {error}") from error
         return cls(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from scail.fingerprint import (
     read_notice,
     read_quantization,
 )
-from tasks.checkpoint_cache import fetch_checkpoint, fetch_descriptions, is_remote
+from tasks.checkpoint_cache import Arrival, fetch_descriptions, is_remote
 from tasks.errors import RefusedError
 from tasks.settings import Settings
 from tasks.storage import StorageError
@@ -101,16 +102,35 @@ def with_loras(fingerprint: str, loras: Sequence[LoraFile]) -> str:
     return hashlib.sha256("\n".join((fingerprint, *lines)).encode()).hexdigest()[:32]
 
 
-def local_checkpoint(path: str, settings: Settings) -> Path:
-    """A checkpoint's folder on this machine; what lies in a bucket is fetched, once.
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint that can be loaded.
+
+    Attributes:
+        folder: On this machine.
+        fingerprint: Of its files and the LoRAs.
+        wait_for: To be called with a component's folder before its weights are read.
+    """
+
+    folder: Path
+    fingerprint: str
+    wait_for: Callable[[str], None]
+
+
+@contextmanager
+def opened(path: str, loras: Sequence[LoraFile], settings: Settings) -> Iterator[OpenCheckpoint]:
+    """A checkpoint that is here, or one in a bucket, which is fetched, once, while it is loaded.
 
     Raises:
-        CheckpointError: If there is no checkpoint.
+        CheckpointError: If there is no checkpoint, or a LoRA is not there.
         StorageError: If it cannot be fetched.
     """
     if not is_remote(path):
-        return Path(path)
-    return fetch_checkpoint(path, settings.cache_dir, policy=settings.storage_policy())
+        yield OpenCheckpoint(Path(path), model_fingerprint(Path(path), loras), lambda _folder: None)
+        return
+    with Arrival(path, settings.cache_dir, policy=settings.storage_policy()) as arrival:
+        fingerprint = with_loras(fingerprint_of(arrival.record), loras)
+        yield OpenCheckpoint(arrival.folder, fingerprint, arrival.wait_for)
 
 
 def _file_hash(path: Path) -> str:

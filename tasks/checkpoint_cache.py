@@ -2,7 +2,8 @@
 
 `files.json` of a checkpoint folder names every file with its size, time and SHA-256. Planning reads that and the
 configurations, a few kilobytes; a worker fetches the rest, several files at once, each checked against its hash, and
-keeps them. When the folder in the bucket has changed, what changed is fetched again.
+keeps them. Whoever loads need not wait for all: a network is loaded while the next one's files arrive. When the folder
+in the bucket has changed, what changed is fetched again.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from scail.errors import CheckpointError
-from scail.fingerprint import HASHES
+from scail.fingerprint import HASHES, LOADING_ORDER
 from tasks import storage
 from tasks.storage import DamagedError, NotFoundError, StorageError, StoragePolicy
 from tasks.uris import scheme_of
@@ -66,27 +68,72 @@ def fetch_descriptions(uri: str, cache_dir: Path, *, policy: StoragePolicy) -> t
     return folder, record
 
 
-def fetch_checkpoint(uri: str, cache_dir: Path, *, policy: StoragePolicy) -> Path:
-    """The checkpoint's folder on this machine, whole; a second call asks for its record only.
+class Arrival:
+    """A checkpoint on its way to this machine: what has come can be used while the rest is fetched. Use it in a `with`.
 
-    Args:
-        uri: The checkpoint's folder.
-        cache_dir: Where checkpoints are kept on this machine.
-        policy: What storage may be asked for.
+    Inside, everything but the weights is there. A failure inside lets the files that were begun come to their end and
+    begins no other; what has come stays for the next time.
 
-    Raises:
-        CheckpointError: If the folder is not a checkpoint, or was written before such records were.
-        StorageError: If storage cannot be asked, or a file is not what its record says.
+    Attributes:
+        folder: On this machine.
+        record: Of the files, as the folder's `files.json` has it.
     """
-    folder, record = _local_folder(uri, cache_dir), _read_record(uri, policy)
-    start = time.perf_counter()
-    with _locked(folder):
-        num_bytes = _fetch(uri, folder, record, policy)
-        (folder / HASHES).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if num_bytes:
-        seconds = time.perf_counter() - start
-        logger.info("fetched %.1f GB of %s in %.0f s", num_bytes / 1e9, storage.redact(uri), seconds)
-    return folder
+
+    def __init__(self, uri: str, cache_dir: Path, *, policy: StoragePolicy) -> None:
+        """Ask for the record.
+
+        Raises:
+            CheckpointError: If the folder is not a checkpoint, or was written before such records were.
+            StorageError: If storage cannot be asked.
+        """
+        self.folder, self.record = _local_folder(uri, cache_dir), _read_record(uri, policy)
+        self._uri, self._policy = uri, policy
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-checkpoint")
+        self._changed = threading.Condition()
+        self._here: set[str] = set()
+        self._stop = threading.Event()
+
+    def wait_for(self, folder: str) -> None:
+        """Return when the files below a folder of the checkpoint are there.
+
+        Raises:
+            StorageError: If one of them cannot be fetched, or is not what its record says.
+        """
+        self._wait({name for name in self.record if PurePosixPath(name).is_relative_to(folder)})
+
+    def __enter__(self) -> Self:
+        self._fetching = self._pool.submit(self._fetch_all)
+        self._fetching.add_done_callback(lambda _: self._announce())
+        self._wait({name for name in self.record if not _is_weights(name)})
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure:
+            self._stop.set()
+        self._pool.shutdown()
+        if not failure:
+            self._fetching.result()
+
+    def _wait(self, names: set[str]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: names <= self._here or self._fetching.done())
+        if not names <= self._here:
+            self._fetching.result()
+
+    def _announce(self, name: str | None = None) -> None:
+        with self._changed:
+            self._here |= {name} if name else set()
+            self._changed.notify_all()
+
+    def _fetch_all(self) -> None:
+        start = time.perf_counter()
+        with _locked(self.folder):
+            num_bytes = _fetch(self._uri, self.folder, self.record, self._policy, self._announce, self._stop)
+            if not self._stop.is_set():
+                (self.folder / HASHES).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+        if num_bytes:
+            seconds = time.perf_counter() - start
+            logger.info("fetched %.1f GB of %s in %.0f s", num_bytes / 1e9, storage.redact(self._uri), seconds)
 
 
 def _local_folder(uri: str, cache_dir: Path) -> Path:
@@ -110,27 +157,65 @@ def _read_record(uri: str, policy: StoragePolicy) -> Record:
     return dict(record)
 
 
-def _fetch(uri: str, folder: Path, record: Record, policy: StoragePolicy) -> int:
-    """Bring the files that are not here as recorded; returns how many bytes those were."""
-    policy = replace(policy, max_download_bytes=_MAX_FILE_BYTES)
-    wanted = [(name, entry) for name, entry in record.items() if not _is_here(folder / name, entry)]
+def _fetch(
+    uri: str,
+    folder: Path,
+    record: Record,
+    policy: StoragePolicy,
+    announce: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+) -> int:
+    """Bring the files that are not here as recorded, in the order in which they are loaded.
 
-    def fetch(item: tuple[str, dict[str, Any]]) -> None:
+    Args:
+        uri: Where they are.
+        folder: Where they go.
+        record: Of those that are wanted.
+        policy: What storage may be asked for.
+        announce: Told of each file that is here.
+        stop: Once it is set, no other file is begun.
+
+    Returns:
+        How many bytes had to be fetched.
+    """
+    policy = replace(policy, max_download_bytes=_MAX_FILE_BYTES)
+
+    def fetch(item: tuple[str, dict[str, Any]]) -> int:
         name, entry = item
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.download(storage.join(uri, name), path, policy=policy)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != entry["sha256"]:
-            path.unlink()
-            raise DamagedError(f"{storage.redact(uri)}/{name} is not the file that {HASHES} describes")
-        os.utime(path, ns=(entry["mtime_ns"], entry["mtime_ns"]))  # so that nobody has to hash it again
+        if stop and stop.is_set():
+            return 0
+        is_here = _is_here(path, entry)
+        if not is_here:
+            _fetch_file(uri, name, path, entry, policy)
+        if announce:
+            announce(name)
+        return 0 if is_here else int(entry["size"])
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for _ in pool.map(fetch, sorted(wanted, key=lambda item: -int(item[1]["size"]))):
-            pass
-    return sum(int(entry["size"]) for _, entry in wanted)
+        return sum(pool.map(fetch, sorted(record.items(), key=lambda item: (_turn(item[0]), -int(item[1]["size"])))))
+
+
+def _fetch_file(uri: str, name: str, path: Path, entry: dict[str, Any], policy: StoragePolicy) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.download(storage.join(uri, name), path, policy=policy)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != entry["sha256"]:
+        path.unlink()
+        raise DamagedError(f"{storage.redact(uri)}/{name} is not the file that {HASHES} describes")
+    os.utime(path, ns=(entry["mtime_ns"], entry["mtime_ns"]))  # so that nobody has to hash it again
+
+
+def _turn(name: str) -> int:
+    """When a file is fetched: descriptions first, then the weights as they are loaded."""
+    folders = [component.folder for component in LOADING_ORDER]
+    top = PurePosixPath(name).parts[0]
+    return 1 + folders.index(top) if _is_weights(name) and top in folders else 0
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _is_here(path: Path, entry: dict[str, Any]) -> bool:

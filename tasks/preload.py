@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tasks import attempts, ending, thrift, watchdog
-from tasks.checkpoint import local_checkpoint, model_fingerprint
+from tasks.checkpoint import inspect_checkpoint
 from tasks.resident import load_pipeline, pipeline_spec
 from tasks.scratch import sweep_scratch
 from tasks.settings import Settings
@@ -22,8 +22,8 @@ def dask_setup(worker: Worker) -> None:
     settings = Settings()
     watchdog.start()
     sweep_scratch(settings.scratch_dir)
-    fingerprint = model_fingerprint(local_checkpoint(settings.checkpoint, settings), settings.loras())
-    load_pipeline(pipeline_spec(settings.checkpoint, fingerprint, profile=settings.profile, settings=settings))
+    model = inspect_checkpoint(settings.checkpoint)
+    load_pipeline(pipeline_spec(settings.checkpoint, model.fingerprint, profile=settings.profile, settings=settings))
     thrift.settle()
     ending.listen(worker)  # last: until here there is nothing that a signal could interrupt too soon
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from scail.config import DEFAULT_PROFILE, POLICIES, PROFILES, PlacementPolicy, RuntimeConfig
 from tasks import thrift
-from tasks.checkpoint import local_checkpoint, model_fingerprint
+from tasks.checkpoint import opened
 from tasks.errors import RefusedError
 from tasks.settings import Settings
 
@@ -109,18 +109,22 @@ def _load(spec: PipelineSpec) -> ScailPipeline:
     from scail import CheckpointError, ScailPipeline
     from scail.pipeline import attainable
 
-    folder, runtime = local_checkpoint(spec.checkpoint, Settings()), spec.runtime
-    if (found := model_fingerprint(folder, runtime.loras)) != spec.fingerprint:
-        loras = f" with LoRA {', '.join(map(str, runtime.loras))}" if runtime.loras else ""
-        raise CheckpointError(
-            f"{folder}{loras} has the fingerprint {found} on this machine; expected {spec.fingerprint}. Checkpoint and "
-            "SCAIL_LORA are those of whoever planned the clips."
-        )
+    settings, runtime = Settings(), spec.runtime
     start = time.perf_counter()
-    keep_compiled(Settings().cache_dir)
-    device, dtype = choose_device(spec.device, spec.dtype)
-    runtime = attainable(runtime, folder, device)
-    pipeline = ScailPipeline.from_pretrained(folder, device=device, dtype=dtype, runtime=runtime)
+    with opened(spec.checkpoint, runtime.loras, settings) as checkpoint:
+        folder = checkpoint.folder
+        if checkpoint.fingerprint != spec.fingerprint:
+            loras = f" with LoRA {', '.join(map(str, runtime.loras))}" if runtime.loras else ""
+            raise CheckpointError(
+                f"{folder}{loras} has the fingerprint {checkpoint.fingerprint} on this machine; expected "
+                f"{spec.fingerprint}. Checkpoint and SCAIL_LORA are those of whoever planned the clips."
+            )
+        keep_compiled(settings.cache_dir)
+        device, dtype = choose_device(spec.device, spec.dtype)
+        runtime = attainable(runtime, folder, device)
+        pipeline = ScailPipeline.from_pretrained(
+            folder, device=device, dtype=dtype, runtime=runtime, wait_for=checkpoint.wait_for
+        )
     logger.info(
         "loaded %s on %s as %s, %s, %s in %.1f s",
         folder,

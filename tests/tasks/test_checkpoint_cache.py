@@ -1,20 +1,25 @@
-"""Checkpoints in a bucket: planned without their weights, fetched once, checked."""
+"""Checkpoints in a bucket: planned without their weights, fetched once, checked, loaded while they arrive."""
 
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import torch
+from torch import nn
 
+from scail import ScailPipeline, checkpoint
 from scail.checkpoint import write_random_checkpoint
 from scail.config import SCAIL_TINY
 from scail.errors import CheckpointError
-from scail.fingerprint import check_folder, checkpoint_fingerprint
+from scail.fingerprint import LOADING_ORDER, Component, check_folder, checkpoint_fingerprint
 from tasks import checkpoint_cache, doctor, storage
-from tasks.checkpoint import inspect_checkpoint, local_checkpoint
-from tasks.checkpoint_cache import fetch_checkpoint
+from tasks.checkpoint import inspect_checkpoint, opened
+from tasks.checkpoint_cache import Arrival
 from tasks.errors import RefusedError
 from tasks.settings import Settings
 from tasks.storage import DEFAULT_POLICY, DamagedError
@@ -53,6 +58,12 @@ def downloads(monkeypatch) -> list[str]:
     return names
 
 
+def fetch(uri: str) -> Path:
+    """All of it."""
+    with opened(uri, (), Settings()) as checkpoint:
+        return checkpoint.folder
+
+
 def test_a_plan_needs_no_weights(bucket, original, cache, downloads):
     model = inspect_checkpoint(bucket)
 
@@ -62,25 +73,25 @@ def test_a_plan_needs_no_weights(bucket, original, cache, downloads):
 
 
 def test_the_whole_folder_is_fetched_once(bucket, original, downloads):
-    folder = local_checkpoint(bucket, Settings())
+    folder = fetch(bucket)
     first = list(downloads)
 
     assert check_folder(folder) == []
     assert checkpoint_fingerprint(folder) == checkpoint_fingerprint(original)
     assert (folder / WEIGHTS).read_bytes() == (original / WEIGHTS).read_bytes()
-    assert local_checkpoint(bucket, Settings()) == folder
+    assert fetch(bucket) == folder
     assert downloads == first
 
 
 def test_what_was_fetched_is_not_hashed_again(bucket, monkeypatch):
-    folder = local_checkpoint(bucket, Settings())
+    folder = fetch(bucket)
     monkeypatch.setattr("hashlib.file_digest", lambda *_args: pytest.fail("a file was read"))
 
     checkpoint_fingerprint(folder)
 
 
 def test_of_a_changed_folder_what_changed_is_fetched_again(bucket, original, tmp_path, downloads):
-    before = local_checkpoint(bucket, Settings())
+    before = fetch(bucket)
     changed = tmp_path / "changed"
     write_random_checkpoint(changed, SCAIL_TINY, seed=1)
     for name in (WEIGHTS, "files.json"):
@@ -90,7 +101,7 @@ def test_of_a_changed_folder_what_changed_is_fetched_again(bucket, original, tmp
     storage.publish_bytes(storage.join(bucket, "files.json"), json.dumps(record).encode())
     downloads.clear()
 
-    after = local_checkpoint(bucket, Settings())
+    after = fetch(bucket)
 
     assert after == before
     assert downloads == [storage.join(bucket, WEIGHTS)]
@@ -101,14 +112,14 @@ def test_a_file_that_is_not_what_its_record_says_is_refused_and_not_kept(bucket,
     storage.publish_bytes(storage.join(bucket, WEIGHTS), b"somebody else's")
 
     with pytest.raises(DamagedError, match=r"is not the file that files\.json describes"):
-        fetch_checkpoint(bucket, cache, policy=DEFAULT_POLICY)
+        fetch(bucket)
 
     assert not list(cache.rglob("*.safetensors")) or not list(cache.rglob(f"*/{WEIGHTS}"))
 
 
 def test_workers_that_start_together_fetch_it_once(bucket, cache, downloads):
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: fetch_checkpoint(bucket, cache, policy=DEFAULT_POLICY), range(4)))
+        folders = set(pool.map(lambda _: fetch(bucket), range(4)))
 
     assert len(folders) == 1
     assert len(downloads) == len(set(downloads))
@@ -132,9 +143,75 @@ def test_a_folder_without_a_true_record_is_refused(record, message, bucket, cach
         storage.publish_bytes(uri, record.encode() if isinstance(record, str) else json.dumps(record).encode())
 
     with pytest.raises(CheckpointError, match=message):
-        fetch_checkpoint(bucket, cache, policy=DEFAULT_POLICY)
+        fetch(bucket)
     with pytest.raises(RefusedError, match=message):
         inspect_checkpoint(bucket)
+
+
+def test_a_network_is_loaded_while_the_next_ones_files_arrive(bucket, original, monkeypatch):
+    loaded: dict[str, threading.Event] = {component.folder: threading.Event() for component in LOADING_ORDER}
+    before = dict(zip(loaded, [None, *loaded], strict=False))
+    download, load_weights = storage.download, checkpoint.load_weights
+
+    def download_in_time(uri: str, path: Path, **options: Any) -> None:
+        folder = path.parent.name
+        if path.suffix == ".safetensors" and (earlier := before[folder]):
+            assert loaded[earlier].wait(timeout=30), f"{folder} was wanted before {earlier} was loaded"
+        download(uri, path, **options)
+
+    def load_and_tell(module: nn.Module, folder: Path, component: Component, **options: Any) -> nn.Module:
+        module = load_weights(module, folder, component, **options)
+        loaded[component.folder].set()
+        return module
+
+    monkeypatch.setattr(storage, "download", download_in_time)
+    monkeypatch.setattr(checkpoint, "load_weights", load_and_tell)
+
+    with opened(bucket, (), Settings()) as arriving:
+        pipeline = load(arriving.folder, wait_for=arriving.wait_for)
+
+    assert arriving.fingerprint == checkpoint_fingerprint(original) == checkpoint_fingerprint(arriving.folder)
+    expected = load(original).transformer.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in pipeline.transformer.state_dict().items())
+
+
+def load(folder: Path, **options: Any) -> ScailPipeline:
+    return ScailPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32, **options)
+
+
+def test_whoever_waits_for_a_file_that_cannot_come_is_told(bucket, cache):
+    storage.publish_bytes(storage.join(bucket, WEIGHTS), b"somebody else's")
+
+    with (
+        pytest.raises(DamagedError, match=r"transformer/.* is not the file"),
+        Arrival(bucket, cache, policy=DEFAULT_POLICY) as arrival,
+    ):
+        load(arrival.folder, wait_for=arrival.wait_for)
+
+
+def test_after_a_failure_no_other_file_is_begun(bucket, cache, downloads, monkeypatch):
+    monkeypatch.setattr(checkpoint_cache, "NUM_THREADS", 1)
+    arrival, begun = Arrival(bucket, cache, policy=DEFAULT_POLICY), threading.Event()
+    fetch_file = checkpoint_cache._fetch_file
+
+    def fetch_until_the_failure(uri: str, name: str, *args: Any) -> None:
+        if name.endswith(".safetensors"):
+            begun.set()
+            assert arrival._stop.wait(timeout=30)
+        fetch_file(uri, name, *args)
+
+    monkeypatch.setattr(checkpoint_cache, "_fetch_file", fetch_until_the_failure)
+
+    def fail_once_it_is_begun() -> NoReturn:
+        assert begun.wait(timeout=30)
+        raise ValueError("another checkpoint")
+
+    with pytest.raises(ValueError, match="another checkpoint"), arrival:
+        fail_once_it_is_begun()
+
+    first = "vae/diffusion_pytorch_model.safetensors"
+    assert [name for name in downloads if name.endswith(".safetensors")] == [storage.join(bucket, first)]
+    assert (arrival.folder / first).is_file()  # for the next time
 
 
 def test_the_doctor_looks_at_a_bucket_too(bucket):
