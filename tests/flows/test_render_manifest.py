@@ -279,7 +279,7 @@ def test_higher_priority_comes_first(write_manifest, tmp_path, checkpoint):
 
 
 def test_the_checkpoint_must_be_the_one_that_was_planned_for(write_manifest, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr("tasks.resident.model_fingerprint", lambda _folder, _loras: "another")
+    monkeypatch.setattr("tasks.checkpoint.model_fingerprint", lambda _folder, _loras: "another")
 
     ok, summary = run(write_manifest({"clip_id": "clip"}), tmp_path / "out", checkpoint)
 
