@@ -107,7 +107,7 @@ SHORTCUTS = (
         needs_gpu=True,
     ),
     Shortcut(
-        "as installed, fp8 products and attention",
+        "as installed, profile quality: fp8 products and attention",
         "together",
         precision="bfloat16",
         runtime={"attention": "flash_attention_3_float8", "quantization": "fp8"},

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from scail.checkpoint import write_random_checkpoint
-from scail.config import EXACT, SCAIL_TINY, SamplingParams
+from scail.config import EXACT, PROFILES, SCAIL_TINY, SamplingParams
 from scail.mini.fidelity import CPU, Trial, measure, merge, runs_on
 from scail.mini.price_list import is_too_dear, page
 from scail.mini.shortcuts import DEFAULT_PRECISION, SHORTCUTS, Shortcut
+from scail.models.attention import FLOAT8_BACKENDS
 from scail.pipeline import ScailPipeline
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -144,6 +145,14 @@ def test_a_shortcut_differs_from_the_exact_path_in_what_it_says_alone():
     shortcut = BY_NAME["bfloat16, fp8 products"]
 
     assert shortcut.runtime_config() == replace(EXACT, attention="sdpa", memory="resident", quantization="fp8")
+
+
+def test_the_row_of_profile_quality_is_that_profile():
+    runtime = BY_NAME["as installed, profile quality: fp8 products and attention"].runtime_config()
+
+    quality = PROFILES["quality"]
+    assert (runtime.quantization, runtime.attention in FLOAT8_BACKENDS) == (quality.quantization, True)
+    assert quality.attention == "float8"
 
 
 class TestThePage:
