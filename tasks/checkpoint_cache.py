@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from scail.errors import CheckpointError
 from scail.fingerprint import HASHES, LOADING_ORDER
@@ -31,6 +31,7 @@ from tasks.uris import scheme_of
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 8
+_LOOK_SECONDS = 0.2  # while another process fetches
 _MAX_FILE_BYTES = 1024**4  # not a clip's input: a text encoder's embedding alone has 2 GB
 
 Record = dict[str, dict[str, Any]]
@@ -63,7 +64,7 @@ def fetch_descriptions(uri: str, cache_dir: Path, *, policy: StoragePolicy) -> t
     """
     folder, record = _local_folder(uri, cache_dir), _read_record(uri, policy)
     small = {name: entry for name, entry in record.items() if name.endswith(".json")}
-    with _locked(folder):
+    with _writing(folder):  # beside whoever has the lock: each file comes whole, from whomever
         _fetch(uri, folder, small, policy)
     return folder, record
 
@@ -125,9 +126,17 @@ class Arrival:
             self._here |= {name} if name else set()
             self._changed.notify_all()
 
+    def _look(self) -> None:
+        """What another process of this machine has brought."""
+        if self._stop.is_set():
+            raise CheckpointError(f"{storage.redact(self._uri)} is not waited for any longer.")
+        for name in self.record.keys() - self._here:
+            if _is_here(self.folder / name, self.record[name]):
+                self._announce(name)
+
     def _fetch_all(self) -> None:
         start = time.perf_counter()
-        with _locked(self.folder):
+        with _locked(self.folder, meanwhile=self._look):
             num_bytes = _fetch(self._uri, self.folder, self.record, self._policy, self._announce, self._stop)
             if not self._stop.is_set():
                 (self.folder / HASHES).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
@@ -227,12 +236,28 @@ def _is_here(path: Path, entry: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time fetches a checkpoint; the others find it done."""
+def _locked(folder: Path, *, meanwhile: Callable[[], None]) -> Iterator[None]:
+    """One process of this machine at a time fetches a checkpoint; the others look for its files, or find it done."""
+    with _writing(folder), (folder / ".lock").open("w") as file:
+        while not _is_mine(file):
+            meanwhile()
+            time.sleep(_LOOK_SECONDS)
+        yield
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        yield
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error}") from error
+
+
+def _is_mine(lock: IO[str]) -> bool:
+    """Whether the lock could be taken."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

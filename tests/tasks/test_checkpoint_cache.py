@@ -179,6 +179,25 @@ def load(folder: Path, **options: Any) -> ScailPipeline:
     return ScailPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32, **options)
 
 
+def test_what_another_process_brings_is_loaded_while_it_fetches_the_rest(bucket, original, cache):
+    arrival = Arrival(bucket, cache, policy=DEFAULT_POLICY)
+    brought = {name: entry for name, entry in arrival.record.items() if name != WEIGHTS}
+
+    def take_what_is_here() -> NoReturn:
+        arrival.wait_for("text_encoder")
+        assert arrival._here == brought.keys()
+        raise ValueError("no time for the rest")
+
+    with checkpoint_cache._locked(arrival.folder, meanwhile=lambda: pytest.fail("nobody else has it")):
+        assert inspect_checkpoint(bucket).name == "SCAIL_TINY"
+        checkpoint_cache._fetch(bucket, arrival.folder, brought, DEFAULT_POLICY)
+        with pytest.raises(ValueError, match="no time"), arrival:  # which ends though the other still fetches
+            take_what_is_here()
+
+    assert fetch(bucket) == arrival.folder
+    assert (arrival.folder / WEIGHTS).read_bytes() == (original / WEIGHTS).read_bytes()
+
+
 def test_whoever_waits_for_a_file_that_cannot_come_is_told(bucket, cache):
     storage.publish_bytes(storage.join(bucket, WEIGHTS), b"somebody else's")
 
